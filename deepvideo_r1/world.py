@@ -92,7 +92,7 @@ def as_response(
     "A response in the format that Eq. 19 rewards."
     return f"<think>\n{trace}\n</think>\n<answer> {answer} </answer>"
 
-# %% ../nbs/02_world.ipynb #bdfe87b3
+# %% ../nbs/02_world.ipynb #cb34e4e7
 @dataclass(frozen=True)
 class Environment:
     "How a video looks; colours and noise in steps of 1/255."
@@ -106,7 +106,7 @@ class Environment:
 
 ENVIRONMENTS = {
     "L1": Environment(),
-    "L2": Environment((150.0, 140.0, 120.0), square=(5, 8), colour_jitter=16.0, noise=8.0, contrast_scale=0.8),
+    "L2": Environment((116.0, 113.0, 108.0), square=(5, 9), colour_jitter=12.0, noise=7.0, contrast_scale=0.8),
 }
 
 
