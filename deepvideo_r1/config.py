@@ -5,9 +5,12 @@
 # %% auto #0
 __all__ = ['OBJECTIVES', 'PromptConfig', 'RolloutConfig', 'ObjectiveConfig', 'TrainConfig']
 
-# %% ../nbs/13a_config.ipynb #412375bf
+# %% ../nbs/13a_config.ipynb #8f822551
 import inspect
 from dataclasses import asdict, dataclass
+from typing import Annotated
+
+import tyro
 
 from .grpo import grpo_loss
 from .prompt import TEMPLATES
@@ -48,7 +51,7 @@ class RolloutConfig:
             raise ValueError("rollout.max_tokens must be at least 1 and temperature above 0, got "
                              f"{self.max_tokens} and {self.temperature}")
 
-# %% ../nbs/13a_config.ipynb #0c7db4bf
+# %% ../nbs/13a_config.ipynb #1f85f5c0
 @dataclass(frozen=True)
 class ObjectiveConfig:
     "What is minimised; a knob that an objective does not have is not passed to it."
@@ -72,7 +75,7 @@ class ObjectiveConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     "The loop, the optimizer and the checkpoints."
-    steps: int = 50  # training steps; each samples `prompts_per_step` groups
+    steps: Annotated[int, tyro.conf.arg(aliases=["--steps"])] = 50  # training steps; each samples `prompts_per_step` groups
     prompts_per_step: int = 16  # B, over all processes
     inner_updates: int = 1  # optimizer updates on each batch of rollouts
     prompts_per_forward: int = 1  # groups in one forward pass

@@ -155,11 +155,11 @@ def write_video(
     finally:
         Path(aside).unlink(missing_ok=True)
 
-# %% ../nbs/02_world.ipynb #a4b0e19a
+# %% ../nbs/02_world.ipynb #b38b950f
 def misread_probability(
     contrast: float,  # of the story, in (0, 1]
     *,
-    strength: float = 0.6,  # probability at the lowest contrast
+    strength: float = 0.7,  # probability at the lowest contrast
     power: float = 2.0,  # how fast it falls with rising contrast
 ) -> float:  # in [0, 1]
     "The weak annotator's chance of misreading one second."
@@ -176,7 +176,7 @@ def misread(
     wrong = rng.random(len(seen)) < probability
     return tuple([v for v in values if v != s][rng.integers(len(values) - 1)] if w else s for s, w in zip(seen, wrong))
 
-# %% ../nbs/02_world.ipynb #550668a8
+# %% ../nbs/02_world.ipynb #aac4a7da
 @dataclass(frozen=True)
 class WorldConfig:
     "How much of the world to write, and how hard it is."
@@ -185,7 +185,7 @@ class WorldConfig:
     eval_videos: int = 150  # videos for each evaluation split, two questions each
     n_steps: int = 6  # seconds of video, at most 9
     min_contrast: float = 0.05  # lowest contrast of a video
-    misread_strength: float = 0.6  # weak annotator: chance of misreading at the lowest contrast
+    misread_strength: float = 0.7  # weak annotator: chance of misreading at the lowest contrast
     misread_power: float = 2.0  # weak annotator: how fast that chance falls with rising contrast
     show_answer_share: float = 0.1  # share of annotated rows whose prompt shows the answer
     seed: int = 0  # of all randomness

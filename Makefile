@@ -1,0 +1,57 @@
+# The commands of this repository ("make help" lists them); each installs what it needs in .venv first.
+PYTHON ?= python3
+PIP_ARGS ?=
+ARGS ?=
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt
+OLDEST := $(shell sed -n 's/^min_python *= *//p' settings.ini)
+
+.PHONY: help setup dev toy test test-all lab docs readme clean
+
+help: ## list the targets (the default)
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@echo "Options: PYTHON=python3.11, PIP_ARGS='--index-url ...', ARGS='options of the command'"
+
+setup: .venv/.run ## install what running needs, at the tested versions
+
+dev: .venv/.dev ## install what tests, notebooks and pages need as well
+
+toy: .venv/.run ## train the tiny model end to end
+	$(BIN)/deepvideo-r1 toy $(ARGS)
+
+test: .venv/.dev ## run the tests, every notebook among them
+	$(BIN)/python -m pytest $(ARGS)
+
+test-all: .venv/.dev ## run the slow tests too, and those for a GPU where there is one
+	$(BIN)/python -m pytest -m "" $(ARGS)
+
+lab: .venv/.dev ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab --ServerApp.root_dir=nbs $(ARGS)
+
+docs: .venv/.dev ## build the site into _site/
+	$(BIN)/python docs/build.py
+	$(BIN)/python -m sphinx -q -W --keep-going -E -b html -c docs _sphinx _site
+	@echo "Open _site/index.html"
+
+readme: .venv/.dev ## run nbs/index.ipynb and write README.md from it
+	$(BIN)/python docs/readme.py
+
+clean: ## remove built pages, packages and caches; .venv and runs/ stay
+	rm -rf _sphinx _site jupyter_execute _proc _docs build dist *.egg-info .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# The stamps make each installation happen once, and again when what it is made from has changed.
+.venv/.run: settings.ini setup.py constraints.txt | $(BIN)/python
+	$(PIP) -e .
+	@touch $@
+
+.venv/.dev: .venv/.run
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < tuple(map(int, "$(OLDEST)".split("."))))' \
+	  2>/dev/null || { echo "$(PYTHON) is missing or older than Python $(OLDEST): install a newer one and name it, make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
+	  { echo "$(PYTHON) cannot make virtual environments: install python3-venv (apt-get install python3-venv)"; exit 1; }
+	$(PYTHON) -m venv .venv
