@@ -119,7 +119,7 @@ def with_preset(arguments: Sequence[str]) -> tuple[list[str], RunConfig | None]:
         raise ValueError(f"--preset is {name!r}, allowed are {', '.join(PRESETS)}")
     return arguments[:at] + arguments[at + 2 :], PRESETS[name]()
 
-# %% ../nbs/20_cli.ipynb #b3279880
+# %% ../nbs/20_cli.ipynb #67802ee1
 @dataclass(frozen=True)
 class EvaluateConfig:
     "What is asked, of whom, and how."
@@ -151,7 +151,7 @@ def evaluate_model(config: Annotated[EvaluateConfig, tyro.conf.arg(name="")]) ->
     summary = summarise(rows)
     write_whole(out / "summary.json", json.dumps(summary, indent=1))
     names = [n for n in ("accuracy", "mean_iou", "recall_at_0.5", "format") if any(n in row for row in summary.values())]
-    table = Table("group", "questions", "unreadable", *names)
+    table = Table("group", "questions", "unreadable", *names, title="95 % intervals in brackets", title_justify="left")
     for group, row in summary.items():
         figures = [f"{row[n][0]:.3f} [{row[n][1]:.2f}, {row[n][2]:.2f}]" if n in row else "" for n in names]
         table.add_row(group, str(row["n"]), str(row["unreadable"]), *figures)

@@ -95,7 +95,7 @@ def recall_at(
     "The share of responses to each grounding question whose IoU is above the threshold (Eq. 24, before its mean)."
     return [sum(v > threshold for v in r["parts"]["iou"]) / len(r["parts"]["iou"]) for r in rows if "iou" in r.get("parts", {})]
 
-# %% ../nbs/17_evaluate.ipynb #14e8d0c9
+# %% ../nbs/17_evaluate.ipynb #7df49a6c
 def summarise(
     rows: Sequence[dict[str, Any]],  # from `evaluate`
 ) -> dict[str, dict[str, Any]]:  # group -> {"n", "unreadable", "accuracy": [mean, low, high], ...}
@@ -110,7 +110,7 @@ def summarise(
         formats = [sum(r["parts"]["format"]) / len(r["parts"]["format"]) for r in part if "parts" in r]
         figures = {"accuracy": accuracy(part), "mean_iou": ious(part), "format": formats}
         figures |= {f"recall_at_{t}": recall_at(part, t) for t in (0.3, 0.5, 0.7)}
-        table[name] |= {key: list(mean_interval(values)) for key, values in figures.items() if values}
+        table[name] |= {key: list(mean_interval(values, bounds=(0.0, 1.0))) for key, values in figures.items() if values}
     return table
 
 
@@ -123,4 +123,4 @@ def paired_gain(
     if set(old) != {row["id"] for row in after}:
         raise ValueError("the two evaluations asked different questions; evaluate both on the same file")
     pairs = [(accuracy([row]), accuracy([old[row["id"]]])) for row in after]
-    return mean_interval([a[0] - b[0] for a, b in pairs if a and b])
+    return mean_interval([a[0] - b[0] for a, b in pairs if a and b], bounds=(-1.0, 1.0))

@@ -182,17 +182,18 @@ def run_training(
     trainer.accelerator.wait_for_everyone()
     return trainer
 
-# %% ../nbs/15_experiment.ipynb #bc4ef79b
+# %% ../nbs/15_experiment.ipynb #38638c49
 def mean_interval(
     values: Sequence[float],  # one for each question
     *,
     z: float = 1.96,  # half-width in standard errors: 1.96 for 95 %
+    bounds: tuple[float, float] = (-math.inf, math.inf),  # smallest and largest value possible; (0, 1) for an accuracy
 ) -> tuple[float, float, float]:  # mean, lower bound, upper bound
-    "Mean and normal interval; raises `ValueError` without values. With one value the interval is the whole line."
+    "Mean and normal interval within the bounds; one value alone gives the bounds. Raises `ValueError` without values."
     if not values:
         raise ValueError("a mean needs at least one value, got none")
     n, mean = len(values), math.fsum(values) / len(values)
     if n == 1:
-        return mean, -math.inf, math.inf
+        return mean, *bounds
     error = z * math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
-    return mean, mean - error, mean + error
+    return mean, max(bounds[0], mean - error), min(bounds[1], mean + error)

@@ -48,11 +48,11 @@ DARK = Theme("#161b22", "#eef1f5", "#a3adb9", "#2b323c",
              dict(grpo="#ffc468", grpo_da="#f4743b", reg_grpo="#a5d8ff", reg_grpo_da="#4193ea"),
              dict(all="#eef1f5", low="#b5f0d6", mid="#4fc293", high="#23865f"))
 
-# %% ../nbs/18_plotting.ipynb #fe3d4ce5
+# %% ../nbs/18_plotting.ipynb #2502b3b3
 def figure_png(
     figure: Figure,  # any figure
     *,
-    dpi: int = 160,  # pixels for each inch, at most
+    dpi: int = 180,  # pixels for each inch, at most
     max_bytes: int = 100_000,  # the picture gets fewer pixels until it is no larger
 ) -> bytes:
     "The figure as a PNG of at most so many bytes; raises `ValueError` where no readable picture is so small."
@@ -77,7 +77,7 @@ class NotebookFigure(Figure):
     def _repr_png_(self) -> bytes:
         return figure_png(self, dpi=80)
 
-# %% ../nbs/18_plotting.ipynb #ae7d6696
+# %% ../nbs/18_plotting.ipynb #b3ec27d0
 def _panels(theme: Theme, rows: int, columns: int, size: tuple[float, float], **share) -> tuple[Figure, list[Axes]]:
     "An empty figure and its panels, row by row."
     figure = NotebookFigure(figsize=size, dpi=80, layout="constrained", facecolor=theme.paper)
@@ -101,8 +101,8 @@ def _name_axes(ax: Axes, theme: Theme, title: str = "", x: str = "", y: str = ""
 def _legend(figure: Figure, theme: Theme, source: Axes) -> None:
     "One legend above all panels, in the order of drawing."
     handles, labels = source.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False, fontsize=9.5,
-                  labelcolor=theme.ink, handlelength=1.8, columnspacing=1.4, borderpad=0.1, borderaxespad=0.4)
+    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False, fontsize=9, borderpad=0,
+                  labelcolor=theme.ink, handlelength=1.6, handletextpad=0.5, columnspacing=1.1, borderaxespad=0.3)
 
 # %% ../nbs/18_plotting.ipynb #257bf162
 def smooth(
@@ -130,7 +130,7 @@ def _draw_curve(ax: Axes, x: np.ndarray, values: np.ndarray, arm: str, theme: Th
     ax.plot(x, smoothed.mean(0), linestyle=dashes, color=colour, linewidth=2, label=ARM_NAMES.get(arm, arm),
             gid=f"{arm}-line")
 
-# %% ../nbs/18_plotting.ipynb #e4fdc22c
+# %% ../nbs/18_plotting.ipynb #cde4d69f
 METRIC_NAMES = {"reward_accuracy": "accuracy of sampled answers", "reward_mean": "reward",
                 "reward_iou": "IoU of sampled answers"}
 
@@ -143,7 +143,7 @@ def plot_learning(
     theme: Theme = LIGHT,  # colours
 ) -> Figure:
     "What sampled answers earn, against steps and against the responses sampled so far."
-    figure, (left, right) = _panels(theme, 1, 2, (6.6, 3.2), sharey=True)
+    figure, (left, right) = _panels(theme, 1, 2, (5.4, 2.9), sharey=True)
     for arm, seeds in read_curves(run_dir).items():
         values = stack_metric(seeds, metric)
         _draw_curve(left, stack_metric(seeds, "step").mean(0), values, arm, theme, window)
@@ -155,7 +155,7 @@ def plot_learning(
     _legend(figure, theme, left)
     return figure
 
-# %% ../nbs/18_plotting.ipynb #abdcf116
+# %% ../nbs/18_plotting.ipynb #c82c81b1
 def plot_vanishing(
     run_dir: str | Path,  # run directory
     *,
@@ -163,7 +163,7 @@ def plot_vanishing(
     theme: Theme = LIGHT,  # colours
 ) -> Figure:
     "Shares of groups without any advantage, as first sampled and as trained on (Figure 3 left)."
-    figure, panels = _panels(theme, 1, 2, (6.6, 3.2), sharey=True)
+    figure, panels = _panels(theme, 1, 2, (5.4, 2.9), sharey=True)
     for ax, metric in zip(panels, ("vanishing_original", "vanishing_trained")):
         for arm, seeds in read_curves(run_dir).items():
             _draw_curve(ax, stack_metric(seeds, "step").mean(0), stack_metric(seeds, metric), arm, theme, window)
@@ -174,7 +174,7 @@ def plot_vanishing(
     _legend(figure, theme, panels[0])
     return figure
 
-# %% ../nbs/18_plotting.ipynb #90a14d80
+# %% ../nbs/18_plotting.ipynb #9f880045
 def _draw_level(ax: Axes, place: int, level: str, mode: str, results: dict[str, Any], theme: Theme) -> None:
     "The cold start and every arm and seed at one level."
     cold, arms = results["cold_start"]["accuracy"][level], sorted({a["arm"] for a in results["arms"]}, key=arm_order)
@@ -202,7 +202,7 @@ def plot_accuracy(
 ) -> Figure:
     "Sampled and greedy accuracy on each level, before and after training, with intervals over questions."
     results = read_results(run_dir)
-    figure, panels = _panels(theme, 2, 1, (6.6, 5.0), sharex=True)
+    figure, panels = _panels(theme, 2, 1, (5.4, 4.8), sharex=True)
     for ax, mode in zip(panels, ("sampled", "greedy")):
         for place, level in enumerate(LEVELS):
             _draw_level(ax, place, level, mode, results, theme)
@@ -214,7 +214,7 @@ def plot_accuracy(
     _legend(figure, theme, panels[0])
     return figure
 
-# %% ../nbs/18_plotting.ipynb #f53f810c
+# %% ../nbs/18_plotting.ipynb #7f9b51cc
 KNOBS = {"noise": ("noise on the frames", "standard deviation, pixels from 0 to 1"),
          "hint": ("part of the reasoning given", "share of the trace")}
 TERCILE_NAMES = {"all": "all videos", "high": "high contrast", "mid": "middle", "low": "low"}
@@ -230,7 +230,7 @@ def plot_knobs(
     kinds = [kind for kind in KNOBS if knobs.get(kind)]
     if not kinds:
         raise ValueError(f"{run_dir} holds no knobs.json with rows for noise or hint")
-    figure, panels = _panels(theme, 1, len(kinds), (6.6, 3.2), sharey=True)
+    figure, panels = _panels(theme, 1, len(kinds), (5.4, 2.9), sharey=True)
     for ax, kind in zip(panels, kinds):
         for tercile, label in TERCILE_NAMES.items():
             rows = sorted((r for r in knobs[kind] if r["tercile"] == tercile), key=lambda r: r["level"])
@@ -245,7 +245,7 @@ def plot_knobs(
     _legend(figure, theme, panels[0])
     return figure
 
-# %% ../nbs/18_plotting.ipynb #369113fa
+# %% ../nbs/18_plotting.ipynb #93d05995
 def plot_kl(
     run_dir: str | Path,  # run directory
     *,
@@ -253,7 +253,7 @@ def plot_kl(
     theme: Theme = LIGHT,  # colours
 ) -> Figure:
     "The KL to the reference against steps, and the accuracy of sampled answers against the KL."
-    figure, (left, right) = _panels(theme, 1, 2, (6.6, 3.2))
+    figure, (left, right) = _panels(theme, 1, 2, (5.4, 2.9))
     for arm, seeds in read_curves(run_dir).items():
         kl, accuracy = stack_metric(seeds, "kl"), stack_metric(seeds, "reward_accuracy")
         _draw_curve(left, stack_metric(seeds, "step").mean(0), kl, arm, theme, window)

@@ -15,6 +15,7 @@ from execnb.nbio import mk_cell, read_nb
 from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup
 from nbdev.processors import FilterDefaults, _def_names
+from widgets import STATE, mount_widget
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
@@ -57,6 +58,7 @@ def read_page(path: Path, nb=None) -> tuple[str, str, list[dict]]:
     for cell in nb.cells:
         if not all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in cell.parsed_() or ()):
             cell.source = EXPORT.sub("#| exports", cell.source)  # `exports` stays on the page, `export` does not
+    states = nb.metadata.get("widgets", {}).get(STATE, {}).get("state", {})
     PageFilter()(nb)
 
     cells, below_section = [], False
@@ -66,19 +68,19 @@ def read_page(path: Path, nb=None) -> tuple[str, str, list[dict]]:
         if cell.cell_type == "code" and "exports" in cell.directives_:
             heading = "###" if below_section else "##"
             cells += [dict(kind="markdown", source=f"{heading} `{name}`") for name in _def_names(cell, set())]
-        cells.append(_cell(cell))
+        cells.append(_cell(cell, states))
         below_section = below_section or bool(re.search("^## ", cell.source, re.M) and cell.cell_type == "markdown")
     return nb.frontmatter_["title"], nb.frontmatter_.get("description", ""), cells
 
 
-def _cell(cell) -> dict:
+def _cell(cell, states) -> dict:
     if cell.cell_type == "markdown":
         return dict(kind="markdown", source=NbdevLookup().linkify(cell.source))
     options = {f"{key} {' '.join(values)}".lower() for key, values in cell.directives_.items()}
     if re.match("show_doc", cell.source.splitlines()[-1]):
         options.add("echo: false")
     tags = [tag for option, tag in TAGS.items() if option in options]
-    outputs = cell.outputs
+    outputs = [mount_widget(output, states) for output in cell.outputs]
     # Markdown that a hidden cell displays is part of the text: headings in the contents, links resolved.
     if "remove-input" in tags and all("text/markdown" in output.get("data", ()) for output in outputs):
         source = "\n\n".join("".join(output["data"]["text/markdown"]) for output in outputs)

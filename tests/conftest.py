@@ -23,3 +23,19 @@ def shared_dir() -> Path:
     if not path.is_dir():
         pytest.skip("needs the sample files in ../shared")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    "A random tiny Qwen2.5-VL checkpoint in Hugging Face layout."
+    from deepvideo_r1.policy import make_tiny_checkpoint
+
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("model") / "tiny", hidden_size=48, n_layers=2)
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory) -> Path:
+    "A folder with a few videos and the questions about them: 9 for sft, 12 for rl, 4 for each level."
+    from deepvideo_r1.world import WorldConfig, make_world
+
+    return make_world(tmp_path_factory.mktemp("world"), WorldConfig(sft_videos=3, rl_videos=6, eval_videos=2))
