@@ -36,7 +36,7 @@ def is_vanishing(
     rewards = check_rewards(rewards)
     return rewards.amax(-1) - rewards.amin(-1) <= tolerance
 
-# %% ../nbs/08_advantage.ipynb #bef01242
+# %% ../nbs/08_advantage.ipynb #64f61e5e
 def group_advantages(
     rewards: Tensor,  # (B, G) rewards of whole responses
     *,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['add_noise', 'mask_frames', 'make_hint', 'AugmentConfig', 'plan_augmentation', 'best_trace', 'augment_groups']
 
-# %% ../nbs/13_augment.ipynb #2c741a83
+# %% ../nbs/13_augment.ipynb #f37c07d0
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .advantage import is_vanishing
 from .core import Clip, Prompt, Rollout, Sample, make_generator
-from .difficulty import fixed_hint_fraction, fixed_noise_level, hint_fraction, noise_level
+from .difficulty import scale_beyond
 from .reward import parse_response
 
 # %% ../nbs/13_augment.ipynb #90c69bcb
@@ -65,49 +65,72 @@ def make_hint(
             return trace[: cuts[count - 1]] if count else ""
     return ""
 
-# %% ../nbs/13_augment.ipynb #a094ca84
+# %% ../nbs/13_augment.ipynb #a5c8dd69
 @dataclass(frozen=True)
 class AugmentConfig:
     "Difficulty-aware augmentation and what the paper leaves open about it."
     enabled: bool = False  # augment at all
-    replace: str = "always"  # "always": every augmented group replaces its first one; "vanishing": only all-equal groups
+    replace: str = "always"  # which groups get a second one: "always" every group, "vanishing" only all-equal groups
+    keep_first: bool = False  # train on the first group as well as on the second
+    control: bool = False  # the second group is a second draw of the same prompt: the control that tells what redrawing alone does
+    difficulty: str = "relative"  # "relative": Eq. 9; "absolute": the group's own reward alone (Table 6)
+    full_reward: float = 2.0  # reward of a right response in the right format; "absolute" needs it, and so do sampled hints
     window: int = 100  # W of Eq. 9, samples the replay buffer remembers
     min_samples: int = 16  # no augmentation before the buffer holds so many samples
     schedule: str = "adaptive"  # "adaptive": strength grows with difficulty; "fixed": one strength (Table 8)
     dead_zone: float = 0.02  # difficulties smaller than this, in units of reward, change nothing
+    harder: str = "noise"  # what makes a question harder: "noise" on every frame, or "mask": frames that turn grey
     noise_scale: float = 0.5  # noise sigma for each unit of reward that a question is too easy; 0 for no noise
     max_sigma: float = 0.4  # largest noise sigma, on the [0, 1] scale; the sigma of the fixed schedule
+    mask_scale: float = 1.0  # share of masked frames for each unit of reward that a question is too easy
+    max_mask: float = 0.5  # largest share of masked frames; the share of the fixed schedule
     hint_scale: float = 1.6  # share of the trace for each unit of reward that a question is too hard; 0 for no hints
     max_hint: float = 0.8  # largest share of the trace; the share of the fixed schedule
+    hint_fade_steps: int = 0  # hints shrink linearly to nothing over so many steps; 0 keeps them
     hint_as: str = "prompt"  # "prompt": in the user's turn, as in the paper; "prefix": the start of the assistant's turn
     hint_source: str = "sampled"  # "sampled": from responses to the prompt with the answer shown; "stored": meta["trace"]
 
     def __post_init__(self):
-        choices = {"replace": ("always", "vanishing"), "schedule": ("adaptive", "fixed"),
-                   "hint_as": ("prompt", "prefix"), "hint_source": ("sampled", "stored")}
+        choices = {"replace": ("always", "vanishing"), "schedule": ("adaptive", "fixed"), "harder": ("noise", "mask"),
+                   "hint_as": ("prompt", "prefix"), "hint_source": ("sampled", "stored"),
+                   "difficulty": ("relative", "absolute")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"augment.{name} is {getattr(self, name)!r}, allowed are {', '.join(allowed)}")
-        if not 0 <= self.max_sigma <= 1 or not 0 <= self.max_hint <= 1 or min(self.noise_scale, self.hint_scale) < 0:
-            raise ValueError("augment.max_sigma and max_hint must lie in [0, 1], noise_scale and hint_scale must be 0 or more")
+        for name in ("max_sigma", "max_mask", "max_hint"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"augment.{name} must lie in [0, 1], got {getattr(self, name)}")
+        if min(self.noise_scale, self.mask_scale, self.hint_scale, self.dead_zone, self.hint_fade_steps) < 0:
+            raise ValueError("augment: scales, dead_zone and hint_fade_steps must be 0 or more")
         if not 1 <= self.min_samples <= self.window:
             raise ValueError(f"augment.min_samples must lie between 1 and window ({self.window}), got {self.min_samples}")
 
-# %% ../nbs/13_augment.ipynb #d364d18b
+# %% ../nbs/13_augment.ipynb #ecde2420
+def _strength(difficulty: float, schedule: str, scale: float, limit: float, dead_zone: float) -> float:
+    "How strong a change is, for a difficulty that points its way: proportional within a cap, or the cap itself."
+    if schedule == "fixed":
+        return limit * (scale > 0 and difficulty > dead_zone)
+    return scale_beyond(difficulty, scale=scale, limit=limit, dead_zone=dead_zone)
+
+
 def plan_augmentation(
     difficulty: float,  # Eq. 9: above 0 is hard, below 0 is easy, in units of reward
     config: AugmentConfig,  # scales and caps
+    *,
+    step: int = 0,  # of training; hints fade with it
 ) -> dict[str, Any]:
-    "What to change: `{}`, `{'kind': 'noise', 'sigma': s}` or `{'kind': 'hint', 'fraction': f}`."
-    if config.schedule == "fixed":
-        sigma = fixed_noise_level(difficulty, sigma=config.max_sigma, dead_zone=config.dead_zone)
-        fraction = fixed_hint_fraction(difficulty, fraction=config.max_hint, dead_zone=config.dead_zone)
-        sigma, fraction = sigma * (config.noise_scale > 0), fraction * (config.hint_scale > 0)
-    else:
-        sigma = noise_level(difficulty, scale=config.noise_scale, max_sigma=config.max_sigma, dead_zone=config.dead_zone)
-        fraction = hint_fraction(difficulty, scale=config.hint_scale, max_fraction=config.max_hint,
-                                 dead_zone=config.dead_zone)
-    return {"kind": "noise", "sigma": sigma} if sigma else {"kind": "hint", "fraction": fraction} if fraction else {}
+    "What to change: `{}`, or `kind` (noise, mask, hint or redraw) with its strength (`sigma` or `fraction`)."
+    if config.control:
+        return {"kind": "redraw"} if abs(difficulty) > config.dead_zone else {}
+    left = max(0.0, 1 - step / config.hint_fade_steps) if config.hint_fade_steps else 1.0
+    hint = left * _strength(difficulty, config.schedule, config.hint_scale, config.max_hint, config.dead_zone)
+    if hint:
+        return {"kind": "hint", "fraction": hint}
+    if config.harder == "mask":
+        fraction = _strength(-difficulty, config.schedule, config.mask_scale, config.max_mask, config.dead_zone)
+        return {"kind": "mask", "fraction": fraction} if fraction else {}
+    sigma = _strength(-difficulty, config.schedule, config.noise_scale, config.max_sigma, config.dead_zone)
+    return {"kind": "noise", "sigma": sigma} if sigma else {}
 
 # %% ../nbs/13_augment.ipynb #5c57f612
 def best_trace(
@@ -122,7 +145,7 @@ def best_trace(
     think = parse_response(rollout.texts[best]).think
     return think.strip() if think and think.strip() else None
 
-# %% ../nbs/13_augment.ipynb #43f1a9ab
+# %% ../nbs/13_augment.ipynb #e1d3d6a5
 def _traces(rollouts: Sequence[Rollout], visuals: Sequence[list[tuple[str, Clip]]], ask: Callable[..., Prompt],
             sample: Callable[..., list[Rollout]], config: AugmentConfig, full_reward: float) -> list[str | None]:
     "A reasoning trace to cut a hint from, for each rollout, or None."
@@ -136,17 +159,20 @@ def _traces(rollouts: Sequence[Rollout], visuals: Sequence[list[tuple[str, Clip]
 def _changed_prompt(rollout: Rollout, visuals: list[tuple[str, Clip]], plan: dict[str, Any], trace: str | None,
                     ask: Callable[..., Prompt], config: AugmentConfig, generator: torch.Generator) -> Prompt | None:
     "The prompt after the planned change, or None when there is nothing to show."
-    if plan["kind"] == "noise":
-        noisy = [(kind, replace(clip, frames=add_noise(clip.frames, plan["sigma"], generator=generator)))
-                 for kind, clip in visuals]
-        return ask(rollout.sample, noisy)
+    if plan["kind"] == "redraw":
+        return rollout.prompt
+    if plan["kind"] in ("noise", "mask"):
+        change = add_noise if plan["kind"] == "noise" else mask_frames
+        strength = plan.get("sigma", plan.get("fraction"))
+        changed = [(kind, replace(clip, frames=change(clip.frames, strength, generator=generator))) for kind, clip in visuals]
+        return ask(rollout.sample, changed)
     hint = make_hint(trace, plan["fraction"]) if trace else ""
     if not hint:
         return None
     prefix = {"prefix": f"<think>\n{hint}"} if config.hint_as == "prefix" else {"hint": hint}
     return ask(rollout.sample, visuals, **prefix)
 
-# %% ../nbs/13_augment.ipynb #50a152e9
+# %% ../nbs/13_augment.ipynb #1ed4ddd9
 def augment_groups(
     rollouts: Sequence[Rollout],  # scored first groups, with their difficulty
     visuals: Sequence[list[tuple[str, Clip]]],  # the clips of each, as decoded
@@ -155,14 +181,14 @@ def augment_groups(
     config: AugmentConfig,  # what to change, and by how much
     *,
     key: tuple[int | str, ...],  # name of the random stream of the noise
-    full_reward: float = 2.0,  # reward of a right response in the right format
-) -> list[Rollout]:  # one for each of `rollouts`: a second group, or the first
+    step: int = 0,  # of training; hints fade with it
+) -> list[Rollout]:  # for each of `rollouts` a second group, or the first; then the first groups that are kept as well
     "Second groups on augmented inputs, by the difficulty of the first; unchanged where there is nothing to change."
     vanishing = [bool(is_vanishing(r.rewards[None])) for r in rollouts]
-    plans = [plan_augmentation(r.difficulty, config) if v or config.replace == "always" else {}
+    plans = [plan_augmentation(r.difficulty, config, step=step) if v or config.replace == "always" else {}
              for r, v in zip(rollouts, vanishing)]
     hinted = [i for i, plan in enumerate(plans) if plan.get("kind") == "hint"]
-    found = _traces([rollouts[i] for i in hinted], [visuals[i] for i in hinted], ask, sample, config, full_reward)
+    found = _traces([rollouts[i] for i in hinted], [visuals[i] for i in hinted], ask, sample, config, config.full_reward)
     traces, changed = dict(zip(hinted, found)), {}
     for i, plan in enumerate(plans):
         if plan:
@@ -170,7 +196,8 @@ def augment_groups(
             prompt = _changed_prompt(rollouts[i], visuals[i], plan, traces.get(i), ask, config, generator)
             if prompt is not None:
                 changed[i] = prompt
-    reused = [rollouts[i].visual_features if plans[i]["kind"] == "hint" else None for i in changed]
+    reused = [rollouts[i].visual_features if plans[i]["kind"] in ("hint", "redraw") else None for i in changed]
     again = sample([rollouts[i] for i in changed], list(changed.values()), "augmented", reused) if changed else []
     second = {i: replace(new, difficulty=rollouts[i].difficulty, augmentation=plans[i]) for i, new in zip(changed, again)}
-    return [second.get(i, rollout) for i, rollout in enumerate(rollouts)]
+    kept = [rollouts[i] for i in second] if config.keep_first else []
+    return [second.get(i, rollout) for i, rollout in enumerate(rollouts)] + kept

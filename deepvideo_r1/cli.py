@@ -184,7 +184,7 @@ def ask(config: Annotated[AskConfig, tyro.conf.arg(name="")]) -> None:
                               max_tokens=config.max_tokens, temperature=config.temperature)
     print(rollout.texts[0])
 
-# %% ../nbs/20_cli.ipynb #12eab53c
+# %% ../nbs/20_cli.ipynb #a6b36866
 COMMANDS: dict[str, Callable[..., None]] = {"toy": toy, "world": world, "train": train, "evaluate": evaluate_model, "ask": ask}
 
 
@@ -211,6 +211,9 @@ def main(
     except KeyboardInterrupt as stop:
         print(f"\ndeepvideo-r1: {stop or 'stopped; the same command continues'}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read our output has seen enough, as in `--help | head`
+        sys.stderr.close()
+        return 0
     except (ValueError, TrainingError, OSError) as error:
         message = disk_error(error, error.filename or "the output") if isinstance(error, OSError) else str(error)
         if message is None:

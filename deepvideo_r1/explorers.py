@@ -134,7 +134,7 @@ def look_at_group(
                 corr=metrics["advantage_corr"].item(), std=metrics["log_ratio_std"].item(),
                 gradient=gradient.flatten().tolist())
 
-# %% ../nbs/11a_explorers.ipynb #c3e08158
+# %% ../nbs/11a_explorers.ipynb #e5862962
 class RegressionExplorer(Explorer):
     "Targets, predictions and gradients of one group, as its log-ratios move."
     _esm = read_module("regression")
@@ -152,6 +152,8 @@ class RegressionExplorer(Explorer):
         beside, moves = [k + 0.2 for k in places], [-2 * slope for slope in found["gradient"]]
         right.quiver(beside, self.log_ratios, [0] * len(places), moves, color="tab:orange", angles="xy",
                      scale_units="xy", scale=1)
-        left.set(xlabel="response", title=f"advantage: loss {found['loss']:.2f}, correlation {found['corr']:.2f}")
-        right.set(xlabel="response", title="log-ratio (nats), and a step of size 2", ylim=(-3, 3))
+        left.set(title=f"advantage: loss {found['loss']:.2f}, correlation {found['corr']:.2f}")
+        right.set(title="log-ratio (nats), and a step of size 2", ylim=(-3, 3))
+        for axis in (left, right):
+            axis.set(xlabel="response", xlim=(0.4, len(places) + 0.6))
         left.legend(frameon=False)

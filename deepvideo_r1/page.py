@@ -22,7 +22,7 @@ def css_variables(
     colours |= {f"arm-{k}": theme.arm(arm) for k, arm in enumerate(arms)}
     return "".join(f"--{name}:{colour};" for name, colour in colours.items())
 
-# %% ../nbs/18b_page.ipynb #21e2a68e
+# %% ../nbs/18b_page.ipynb #c9dd8a3e
 STYLE = """
 :root{color-scheme:light dark;--page:#f4f5f7;--yes:#0f7a4a;--no:#b3261e;--mixed:#8a5a00;--open:#59636f;{{ light }}}
 @media screen and (prefers-color-scheme:dark){:root{--page:#0d1117;--yes:#56d39b;--no:#ff8f86;--mixed:#f0bb5a;
@@ -65,18 +65,19 @@ th,td{padding-right:.6em}
 .stack td:first-child{grid-column:1/-1;font-weight:600}.seed small{display:block;margin:0}
 .stack td+td::before{content:attr(data-label);display:block;font-size:.78rem;line-height:1.3;color:var(--label)}}
 @media print{body{background:none;font-size:10.5pt}main{max-width:none;padding:0}.card{border-color:#ccc}
-.card,tr{break-inside:avoid}.long{break-inside:auto}h2,h3{break-after:avoid}
+.card,tr,p{break-inside:avoid}.long{break-inside:auto}h2,h3{break-after:avoid}figure{grid-template-columns:3fr 2fr}
 .track,.track i,.dot,.pill{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """
 
-# %% ../nbs/18b_page.ipynb #c15a77ed
+# %% ../nbs/18b_page.ipynb #58573579
 TABLES = """
 {% macro dot(arm) %}<span class="dot"
 {%- if arm in arms %} style="--c:var(--arm-{{ arms.index(arm) }})"{% endif %}></span>{% endmacro %}
 {% macro table(header, rows, kind="stack") %}<table class="{{ kind }}">
 <tr>{% for cell in header %}<th>{{ cell }}</th>{% endfor %}</tr>
-{% for row in rows %}<tr>{% for cell in row %}<td data-label="{{ header[loop.index0] }}">{{ cell }}</td>{% endfor %}
-</tr>{% endfor %}</table>{% endmacro %}
+{% for row in rows %}<tr>{% for cell in row %}<td data-label="{{ header[loop.index0] }}">
+{%- if kind == "stack" and " (" in cell %}{{ cell.split(" (")[0] }}<small>({{ cell.split(" (")[1] }}</small>
+{%- else %}{{ cell }}{% endif %}</td>{% endfor %}</tr>{% endfor %}</table>{% endmacro %}
 {% macro accuracy(rows) %}<table><tr><th></th>{% for level in levels %}<th>{{ level }}</th>{% endfor %}</tr>
 {% for row in rows %}<tr{% if row.is_seed %} class="seed"{% endif %}>
 <td>{% if not row.is_seed %}{{ dot(row.arm) }}{% endif %}{{ row.name }}</td>

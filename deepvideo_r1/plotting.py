@@ -77,7 +77,7 @@ class NotebookFigure(Figure):
     def _repr_png_(self) -> bytes:
         return figure_png(self, dpi=80)
 
-# %% ../nbs/18_plotting.ipynb #b3ec27d0
+# %% ../nbs/18_plotting.ipynb #b49ea0c0
 def _panels(theme: Theme, rows: int, columns: int, size: tuple[float, float], **share) -> tuple[Figure, list[Axes]]:
     "An empty figure and its panels, row by row."
     figure = NotebookFigure(figsize=size, dpi=80, layout="constrained", facecolor=theme.paper)
@@ -101,8 +101,9 @@ def _name_axes(ax: Axes, theme: Theme, title: str = "", x: str = "", y: str = ""
 def _legend(figure: Figure, theme: Theme, source: Axes) -> None:
     "One legend above all panels, in the order of drawing."
     handles, labels = source.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False, fontsize=9, borderpad=0,
-                  labelcolor=theme.ink, handlelength=1.6, handletextpad=0.5, columnspacing=1.1, borderaxespad=0.3)
+    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False, fontsize=9,
+                  labelcolor=theme.ink, borderpad=0.3, borderaxespad=0.3, handlelength=1.6, handletextpad=0.5,
+                  columnspacing=1.1)
 
 # %% ../nbs/18_plotting.ipynb #257bf162
 def smooth(
@@ -214,8 +215,8 @@ def plot_accuracy(
     _legend(figure, theme, panels[0])
     return figure
 
-# %% ../nbs/18_plotting.ipynb #7f9b51cc
-KNOBS = {"noise": ("noise on the frames", "standard deviation, pixels from 0 to 1"),
+# %% ../nbs/18_plotting.ipynb #88527cf2
+KNOBS = {"noise": ("noise on the frames", "standard deviation"),
          "hint": ("part of the reasoning given", "share of the trace")}
 TERCILE_NAMES = {"all": "all videos", "high": "high contrast", "mid": "middle", "low": "low"}
 

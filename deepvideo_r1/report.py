@@ -57,7 +57,7 @@ def describe_run(
             f"{_span([r['responses'] for r in runs], 'sampled responses')}: {len(runs)} "
             f"{'run' if len(runs) == 1 else 'runs'}, {duration(sum(r['seconds'] for r in runs))} of training in all.")
 
-# %% ../nbs/18c_report.ipynb #f5dd48cb
+# %% ../nbs/18c_report.ipynb #87e72f1e
 def describe_cold_start(
     results: dict[str, Any],  # from `read_results`
 ) -> str:
@@ -67,8 +67,8 @@ def describe_cold_start(
     made = "was reused from an earlier run, where it took" if cold["reused"] else "was made for this run in"
     first = cold["accuracy"]["L1"]
     sampled, greedy = (f"{100 * first[mode]:.1f}%" for mode in ("sampled", "greedy"))
-    text = (f"The cold start, the policy that all runs begin with, {made} {cost}. It answers {sampled} of the L1 questions "
-            f"when it samples and {greedy} when it takes the likeliest words.")
+    text = (f"The cold start, the policy that all runs begin with, {made} {cost}. It answers {sampled} of the L1 "
+            f"questions when it samples and {greedy} when it takes the likeliest words.")
     if grounding := {k: v for k, v in cold.get("grounding", {}).items() if k in ("sampled", "greedy")}:
         parts = [f"{value:.2f} {name}" for name, value in grounding.items()]
         text += f" In temporal grounding its intervals overlap the true ones by a mean IoU of {join_words(parts)}."
@@ -210,7 +210,7 @@ def flatten_config(
     else:
         yield prefix, str(config)
 
-# %% ../nbs/18c_report.ipynb #aed7304a
+# %% ../nbs/18c_report.ipynb #d2a08d5b
 def write_report(
     run_dir: str | Path,  # run directory with results.json
 ) -> Path:  # report.html in it
@@ -222,8 +222,9 @@ def write_report(
     arms = list(dict.fromkeys(run["arm"] for run in results["arms"]))
     content = {"name": run_dir.resolve().name, "made_up": bool(config.get("made_up")), "arms": arms, "levels": LEVELS}
     content |= {"lead": describe_run(results), "cold_start": describe_cold_start(results), "verdicts": judge(results)}
-    content |= {"several": len(results["arms"]) > len(arms), "bars": bars(results), "accuracy_rows": accuracy_rows(results),
-                "training_header": TRAINING_HEADER, "training_rows": training_rows(results)}
+    content |= {"several": len(results["arms"]) > len(arms), "bars": bars(results),
+                "accuracy_rows": accuracy_rows(results), "training_header": TRAINING_HEADER,
+                "training_rows": training_rows(results)}
     content |= {"paper": PAPER_TABLE_4, "paper_note": PAPER_NOTE, "config": list(flatten_config(config))}
     content |= {"figures": report_figures(run_dir), "examples": report_examples(run_dir)}
     html = render_page(content)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['step_indices', 'score', 'TrainingError', 'Trainer', 'save_checkpoint', 'load_checkpoint', 'fit']
 
-# %% ../nbs/14_trainer.ipynb #86c59637
+# %% ../nbs/14_trainer.ipynb #739dec7e
 import copy
 import json
 import math
@@ -27,7 +27,7 @@ from .augment import AugmentConfig, augment_groups
 from .checkpoint import Stopped, publish_checkpoint, read_metrics, stop_flag, whole_checkpoints, write_whole
 from .config import OBJECTIVES, ObjectiveConfig, PromptConfig, RolloutConfig, TrainConfig
 from .core import Prompt, Rollout, Sample, make_generator
-from .difficulty import ReplayBuffer
+from .difficulty import ReplayBuffer, absolute_difficulty
 from .policy import PolicyModel, rollout_batch
 from .prompt import Processor, build_prompt, load_visuals
 from .reward import total_reward
@@ -60,7 +60,7 @@ def score(
     named = {name: torch.tensor([p[name] for p in parts]) for name in parts[0]}
     return replace(rollout, rewards=torch.tensor(totals), reward_parts=named)
 
-# %% ../nbs/14_trainer.ipynb #a224421f
+# %% ../nbs/14_trainer.ipynb #1297e5be
 class TrainingError(RuntimeError):
     "The run cannot go on; the message names the cause and the step."
 
@@ -119,12 +119,13 @@ class Trainer:
         rewards = self._all_rewards(first)
         if rewards is None:
             raise TrainingError(f"step {step}: no clip can be read; the first is {next(iter(self.bad_clips.values()))}")
-        first = [replace(r, difficulty=float(self.buffer.difficulty(r.rewards[None])[0])) for r in first]
+        first = [replace(r, difficulty=self._difficulty(r.rewards)) for r in first]
         trained = first
         if self.augment.enabled:
             again = lambda rollouts, prompts, purpose, features: self.sample(
                 [r.sample for r in rollouts], prompts, f"{purpose}-{step}", features)
-            trained = augment_groups(first, visuals, self.ask, again, self.augment, key=(self.train.seed, "noise", step))
+            trained = augment_groups(first, visuals, self.ask, again, self.augment, step=step,
+                                     key=(self.train.seed, "noise", step))
         self.buffer.push(rewards)
         metrics = self._update(trained) | self._rollout_metrics(first, trained)
         metrics["responses"] = self.responses = self.responses + int(metrics["responses"])
@@ -150,6 +151,12 @@ class Trainer:
         return [score(group) for group in groups]
 
     # --- parts ----------------------------------------------------------------------------------------------------
+
+    def _difficulty(self, rewards: Tensor) -> float:
+        "Of one group: against the buffer (Eq. 9), or of its own reward alone once the buffer is long enough (Table 6)."
+        if self.augment.difficulty == "absolute" and len(self.buffer) >= self.augment.min_samples:
+            return float(absolute_difficulty(rewards[None], scale=self.augment.full_reward)[0])
+        return float(self.buffer.difficulty(rewards[None])[0])
 
     def _known(self, prompts: Sequence[Prompt], features: Sequence[Tensor | None] | None) -> list[Tensor | None] | None:
         "Encoder outputs for all prompts, encoding those that are not known yet."
@@ -247,26 +254,26 @@ class Trainer:
         "What the groups of all processes looked like, before and after the augmentation."
         mine = {"groups": len(first), "responses": self._sampled, "reward_mean": 0.0, "reward_trained": 0.0,
                 "vanishing_original": 0.0, "vanishing_trained": 0.0, "difficulty_abs": 0.0, "completion_length": 0.0,
-                "noise_groups": 0.0, "hint_groups": 0.0, "noise_sigma": 0.0, "hint_fraction": 0.0}
+                **{f"{kind}_groups": 0.0 for kind in ("noise", "mask", "hint", "redraw")}, "noise_sigma": 0.0,
+                "hint_fraction": 0.0}
         mine |= {f"reward_{part}": 0.0 for part in ("format", "accuracy", "iou")}
-        for before, after in zip(first, trained):
+        for before, after in zip(first, trained):  # groups that are kept as well stand at the end and are left out here
             mine["reward_mean"] += float(before.rewards.mean())
             mine["reward_trained"] += float(after.rewards.mean())
             mine["vanishing_original"] += float(is_vanishing(before.rewards[None]))
             mine["vanishing_trained"] += float(is_vanishing(after.rewards[None]))
             mine["difficulty_abs"] += abs(before.difficulty)
             mine["completion_length"] += float(before.completion_mask.sum(-1).float().mean())
-            kind = after.augmentation.get("kind")
-            mine["noise_groups"] += kind == "noise"
-            mine["hint_groups"] += kind == "hint"
-            mine["noise_sigma"] += after.augmentation.get("sigma", 0.0)
-            mine["hint_fraction"] += after.augmentation.get("fraction", 0.0)
+            if kind := after.augmentation.get("kind"):
+                mine[f"{kind}_groups"] += 1
+                mine["noise_sigma"] += after.augmentation.get("sigma", 0.0)
+                mine["hint_fraction"] += after.augmentation["fraction"] if kind == "hint" else 0.0
             for part, values in before.reward_parts.items():
                 mine[f"reward_{part}"] += float(values.mean())
         rows = gather_object([mine])
         total = {name: sum(row[name] for row in rows) for name in mine}
-        counts = ("groups", "responses", "noise_groups", "hint_groups")
-        return {name: value if name in counts else value / max(1, total["groups"]) for name, value in total.items()}
+        return {name: value if name in ("groups", "responses") or name.endswith("_groups") else value / max(1, total["groups"])
+                for name, value in total.items()}
 
 # %% ../nbs/14_trainer.ipynb #e313c298
 def save_checkpoint(

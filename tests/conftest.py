@@ -28,8 +28,13 @@ def shared_dir() -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     "A random tiny Qwen2.5-VL checkpoint in Hugging Face layout."
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
     from deepvideo_r1.policy import make_tiny_checkpoint
 
+    torch.set_num_threads(1)
+    disable_progress_bar()
     return make_tiny_checkpoint(tmp_path_factory.mktemp("model") / "tiny", hidden_size=48, n_layers=2)
 
 
@@ -39,3 +44,26 @@ def tiny_world(tmp_path_factory) -> Path:
     from deepvideo_r1.world import WorldConfig, make_world
 
     return make_world(tmp_path_factory.mktemp("world"), WorldConfig(sft_videos=3, rl_videos=6, eval_videos=2))
+
+
+@pytest.fixture(scope="session")
+def trained_model(tiny_model, tiny_world, tmp_path_factory) -> Path:
+    "The tiny checkpoint after a second of fine-tuning: about half of its responses have the right form."
+    import torch
+
+    from deepvideo_r1.config import PromptConfig
+    from deepvideo_r1.policy import load_policy, save_policy
+    from deepvideo_r1.prompt import load_processor
+    from deepvideo_r1.toy import load_examples, sft_loss
+
+    policy, processor = load_policy(tiny_model), load_processor(tiny_model)
+    examples = load_examples(tiny_world / "sft.jsonl", processor, PromptConfig("plain"))
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(24):
+        optimizer.zero_grad()
+        sft_loss(policy, examples, torch.arange(len(examples.prompts)), 1.0).backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+    directory = tmp_path_factory.mktemp("model") / "trained"
+    save_policy(policy, processor, directory)
+    return directory
