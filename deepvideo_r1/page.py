@@ -22,7 +22,7 @@ def css_variables(
     colours |= {f"arm-{k}": theme.arm(arm) for k, arm in enumerate(arms)}
     return "".join(f"--{name}:{colour};" for name, colour in colours.items())
 
-# %% ../nbs/18b_page.ipynb #c9dd8a3e
+# %% ../nbs/18b_page.ipynb #1e8ef239
 STYLE = """
 :root{color-scheme:light dark;--page:#f4f5f7;--yes:#0f7a4a;--no:#b3261e;--mixed:#8a5a00;--open:#59636f;{{ light }}}
 @media screen and (prefers-color-scheme:dark){:root{--page:#0d1117;--yes:#56d39b;--no:#ff8f86;--mixed:#f0bb5a;
@@ -52,7 +52,7 @@ figure{display:grid;grid-template-columns:minmax(0,600px) minmax(0,1fr);gap:8px 
 figure img{width:100%;height:auto;display:block}figure .dark{display:none}figcaption{font-size:.92rem}
 figcaption h3{color:var(--ink)}pre{font:.78rem/1.45 ui-monospace,monospace;white-space:pre-wrap;margin:.3em 0 0}
 .strip{width:100%;max-width:700px;image-rendering:pixelated;border-radius:4px;display:block}
-.said{display:grid;grid-template-columns:repeat(auto-fit,minmax(148px,1fr));gap:16px;margin-top:14px}
+.said{display:grid;grid-template-columns:repeat(auto-fit,minmax(128px,1fr));gap:16px;margin-top:14px}
 summary{cursor:pointer;font-weight:600}summary+*{margin-top:1em}pre,.settings td{overflow-wrap:anywhere}
 @media(max-width:860px){.two,figure{grid-template-columns:minmax(0,1fr)}}
 @media(max-width:600px){.bar{grid-template-columns:1fr auto;gap:.15em .6em;margin:.9em 0}
@@ -98,7 +98,7 @@ contrast {{ "%.2f" | format(example.contrast) }}.</p>
 {% endfor %}</div></section>{% endfor %}
 """
 
-# %% ../nbs/18b_page.ipynb #82397809
+# %% ../nbs/18b_page.ipynb #6f3e6b94
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>DeepVideo-R1, toy study: {{ name }}</title>
 <meta name="viewport" content="width=device-width,initial-scale=1">
 <style>{% include "style" %}</style></head><body><main>
@@ -128,8 +128,8 @@ that excludes the other answer; the rest is open. Nothing is corrected for makin
 </section><section class="card"><h3>The paper's Table 4, for orientation</h3>
 {{ table(("", "L1", "L2", "L3"), paper, "") }}<small class="note">{{ paper_note }}</small></section></div>
 <h2>Training</h2><section class="card long">{{ table(training_header, training_rows, "stack dense") }}
-<small class="note">Reward of the first groups: first step &rarr; last step. Vanishing: share of groups with equal
-rewards, over all steps, as first sampled &rarr; as trained on. KL: to the reference, at the end.</small></section>
+<small class="note">Reward of the first groups: first &rarr; last tenth of the steps. Vanishing: share of groups with
+equal rewards, over all steps, as first sampled &rarr; as trained on. KL to the reference: last tenth.</small></section>
 <h2>Figures</h2>{% for figure in figures %}<figure class="card" style="margin-inline:0">
 <div><img class="light" src="{{ figure.light }}" alt="{{ figure.title }}">
 <img class="dark" src="{{ figure.dark }}" alt="{{ figure.title }}"></div>

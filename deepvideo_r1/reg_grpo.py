@@ -12,7 +12,7 @@ from torch import Tensor
 from .advantage import group_advantages, is_vanishing
 from .grpo import average_tokens, bounded_exp, check_objective_inputs, kl_k3, policy_metrics, token_log_ratio
 
-# %% ../nbs/10_reg_grpo.ipynb #5359d73d
+# %% ../nbs/10_reg_grpo.ipynb #f1d9432e
 def predicted_advantages(
     log_ratio: Tensor,  # (B, G) log pi_theta / pi_old of whole responses, in nats
     *,
@@ -29,7 +29,7 @@ def predicted_advantages(
     variance = centred.pow(2).sum(-1, keepdim=True) / (log_ratio.shape[1] - ddof)
     return centred / (variance + sigma_floor**2).sqrt()
 
-# %% ../nbs/10_reg_grpo.ipynb #a774a7b7
+# %% ../nbs/10_reg_grpo.ipynb #a22ab4fe
 @torch.no_grad()
 def regression_metrics(
     log_ratio: Tensor,  # (B, G) log pi_theta / pi_old of whole responses
@@ -45,7 +45,7 @@ def regression_metrics(
         advantage_corr=(corr * counts).sum() / counts.sum().clamp(min=1),
     )
 
-# %% ../nbs/10_reg_grpo.ipynb #228f95f7
+# %% ../nbs/10_reg_grpo.ipynb #78d29e14
 def reg_grpo_loss(
     logps: Tensor,  # (B, G, T) log pi_theta of response tokens
     old_logps: Tensor,  # (B, G, T) log pi_old, the policy that sampled them

@@ -137,7 +137,7 @@ PAPER_NOTE = ("Another world: Qwen2.5-VL-3B on SEED-Bench-R1, real videos, one r
               "instead of 39.5 for Reg-GRPO in Tables 7 and 8, and 28.2 instead of 27.0 for the base in Table 1. "
               "(Park et al., DeepVideo-R1, NeurIPS 2025.)")
 
-# %% ../nbs/18c_report.ipynb #9888e1bb
+# %% ../nbs/18c_report.ipynb #b6030e46
 CAPTIONS = {
     "accuracy": ("Accuracy before and after",
                  "A dot is one seed with its 95% interval over questions, a short bar the mean over seeds. The "
@@ -153,9 +153,9 @@ CAPTIONS = {
            "Left: the KL to the reference grows as the policy leaves the cold start. Right: who is higher at"
            " the same KL learned more for the same distance."),
     "knobs": ("The two knobs of the augmentation",
-              "The cold start on noisier frames, and with more of the reasoning given; upright lines are 95% "
-              "intervals. Noise must make questions harder and hints easier, in every third of the videos, or "
-              "the augmentation cannot work."),
+              "The cold start on noisier frames (pixels run from 0 to 1), and with more of the reasoning given; "
+              "upright lines are 95% intervals. Noise must make questions harder and hints easier, in every "
+              "third of the videos, or the augmentation cannot work."),
 }
 
 

@@ -34,7 +34,7 @@ def arm_order(
     names = list(ARM_NAMES)
     return (names.index(arm), arm) if arm in ARM_NAMES else (len(names), arm)
 
-# %% ../nbs/17a_runs.ipynb #99bac32a
+# %% ../nbs/17a_runs.ipynb #8c88a75e
 def read_json(
     run_dir: str | Path,  # run directory
     name: str,  # file in it
@@ -52,10 +52,10 @@ def read_json(
 def read_results(
     run_dir: str | Path,  # run directory
 ) -> dict[str, Any]:
-    "`results.json` with its arms in the order of Table 4, then by seed; raises `ValueError` when it is missing."
+    "`results.json` with its arms in the order of Table 4, then by seed; raises `ValueError` without an arm."
     results = read_json(run_dir, "results.json")
-    if results is None:
-        raise ValueError(f"{run_dir} holds no results.json; name the directory of a run that has finished an arm")
+    if results is None or not results.get("arms"):
+        raise ValueError(f"{run_dir} holds no results.json with an arm in it; name a run that has finished one")
     return {**results, "arms": sorted(results["arms"], key=lambda arm: (arm_order(arm["arm"]), arm["seed"]))}
 
 # %% ../nbs/17a_runs.ipynb #e7ecd01c
@@ -99,7 +99,7 @@ def _made_up_accuracy(rng: np.random.Generator, sampled: Sequence[float], greedy
         found[level] = {"greedy": g, "sampled": s, "greedy_ci": g_ci, "sampled_ci": s_ci, "n": 300}
     return found
 
-# %% ../nbs/17a_runs.ipynb #f6b1dd7b
+# %% ../nbs/17a_runs.ipynb #6e950e62
 def _made_up_rows(rng: np.random.Generator, arm: str, steps: int) -> list[dict[str, float]]:
     augmented, regression, rows = arm.endswith("_da"), arm.startswith("reg"), []
     for step in range(steps):
@@ -120,9 +120,11 @@ def _made_up_arm(rng: np.random.Generator, arm: str, seed: int, rows: list[dict[
     after = _made_up_accuracy(rng, (0.6 + better, 0.29 + better, 0.63 + better), (0.8, 0.36, 0.81))
     gain = {level: after[level]["sampled"] - before[level]["sampled"] for level in LEVELS}
     mean = {name: float(np.mean([row[f"vanishing_{name}"] for row in rows])) for name in ("original", "trained")}
+    edge = max(1, len(rows) // 10)
+    start, end = (float(np.mean([row["reward_mean"] for row in part])) for part in (rows[:edge], rows[-edge:]))
     return {"arm": arm, "seed": seed, "steps": len(rows), "responses": rows[-1]["responses"],
-            "seconds": 40.0 + 0.5 * seed, "reward_start": rows[0]["reward_mean"], "kl_end": rows[-1]["kl"],
-            "reward_end": rows[-1]["reward_mean"], "vanishing_ratio": mean, "accuracy": after,
+            "seconds": 40.0 + 0.5 * seed, "reward_start": start, "reward_end": end, "vanishing_ratio": mean,
+            "kl_end": float(np.mean([row["kl"] for row in rows[-edge:]])), "accuracy": after,
             "gain": {k: {"sampled": g, "ci": [g - 0.05, g + 0.05]} for k, g in gain.items()}}
 
 # %% ../nbs/17a_runs.ipynb #01b1084f

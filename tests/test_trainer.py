@@ -87,12 +87,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(make_trainer, tmp_path, run):
     assert not same(weights(whole), start) and len({row["reward_mean"] for row in rows}) > 1
     assert sum(row["noise_groups"] + row["hint_groups"] for row in rows) > 0
 
-    with pytest.raises(Stopped, match="stopped after step 1; the same command continues"):
-        fit(make_trainer(tmp_path / "parts", **RUNS[run]), on_step=stop_at(0))  # after a step that would not be saved
-    with pytest.raises(Stopped, match="stopped after step 4"):
+    with pytest.raises(Stopped, match="stopped after step 3; the same command continues"):
+        fit(make_trainer(tmp_path / "parts", **RUNS[run]), on_step=stop_at(1))  # step 2 ends, though it would not be saved
+    with pytest.raises(Stopped, match="stopped after step 5"):
         fit(make_trainer(tmp_path / "parts", **RUNS[run]), on_step=stop_at(3, signal.SIGTERM))
-    with pytest.raises(Crash):  # step 4 is in the metrics, but in no checkpoint
-        fit(make_trainer(tmp_path / "parts", **RUNS[run]), on_step=crash_at(4))
+    with pytest.raises(Crash):  # step 5 is in the metrics, but in no checkpoint
+        fit(make_trainer(tmp_path / "parts", **RUNS[run]), on_step=crash_at(5))
     last = make_trainer(tmp_path / "parts", **RUNS[run])
     assert figures(fit(last)) == figures(rows) == figures(read_metrics(tmp_path / "parts/metrics.jsonl"))
     assert same(weights(last), weights(whole))
