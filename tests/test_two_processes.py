@@ -60,7 +60,7 @@ def test_two_processes_do_what_one_does(found, trained_model, tiny_world, tmp_pa
 def test_the_cases_are_what_they_say(found):
     rows = {case: found[0][case]["rows"] for case in CASES}
     assert sum(row["noise_groups"] + row["hint_groups"] for row in rows["reg_grpo, augmented"]) > 0
-    assert any(0 < row["noise_groups"] + row["hint_groups"] < 6 for row in rows["grpo, both groups"])
+    assert any((row["noise_groups"] + row["hint_groups"]) % 2 for row in rows["grpo, both groups"])
     assert any(row["groups"] % 2 for row in rows["grpo, a bad clip"])
     assert {row["groups"] for row in rows["reg_grpo, a rank without a group"]} >= {1, 2}
 
