@@ -69,7 +69,7 @@ th,td{padding-right:.6em}
 .track,.track i,.dot,.pill{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """
 
-# %% ../nbs/18b_page.ipynb #58573579
+# %% ../nbs/18b_page.ipynb #62f55969
 TABLES = """
 {% macro dot(arm) %}<span class="dot"
 {%- if arm in arms %} style="--c:var(--arm-{{ arms.index(arm) }})"{% endif %}></span>{% endmacro %}
@@ -88,6 +88,8 @@ TABLES = """
 """
 EXAMPLES = """
 <h2>Examples, before and after</h2>
+{% if not made_up %}<p class="quiet">The first L1 question of each third of contrast, with the first sampled response of each
+policy: chosen by place in the file, not by outcome.</p>{% endif %}
 {% for example in examples %}<section class="card"><h3>{{ example.question }}</h3>
 <p class="quiet">True answer: {{ example.answer }}. {{ example.level }},
 contrast {{ "%.2f" | format(example.contrast) }}.</p>

@@ -117,4 +117,4 @@ def test_a_widget_and_its_script_agree_on_names(name):
 
 def test_every_module_is_packaged():
     names = {path.name for path in (files("deepvideo_r1") / "esm").iterdir()}
-    assert names == {"kit.js", *(f"{name}.js" for name in EXPLORERS)}
+    assert names == {"kit.js", "augment.js", *(f"{name}.js" for name in EXPLORERS)}
