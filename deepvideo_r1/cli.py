@@ -4,9 +4,12 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'Bars', 'toy', 'world', 'train', 'with_preset', 'EvaluateConfig', 'evaluate_model', 'AskConfig', 'ask',
-           'run_command', 'main']
+           'parse', 'main']
 
-# %% ../nbs/20_cli.ipynb #352d3b1a
+# %% ../nbs/20_cli.ipynb #5674bdd0
+import contextlib
+import functools
+import io
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -184,21 +187,39 @@ def ask(config: Annotated[AskConfig, tyro.conf.arg(name="")]) -> None:
                               max_tokens=config.max_tokens, temperature=config.temperature)
     print(rollout.texts[0])
 
-# %% ../nbs/20_cli.ipynb #a6b36866
+# %% ../nbs/20_cli.ipynb #4c960ece
 COMMANDS: dict[str, Callable[..., None]] = {"toy": toy, "world": world, "train": train, "evaluate": evaluate_model, "ask": ask}
 
 
-def run_command(arguments: Sequence[str]) -> None:
-    "Parses the arguments and runs the command; raises what the command raises."
-    arguments = list(arguments)
-    default = None
+def _later(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    "The command with the same flags, returned with its arguments instead of being run."
+    @functools.wraps(command)
+    def parsed(*args, **kwargs):
+        return functools.partial(command, *args, **kwargs)
+
+    return parsed
+
+
+def parse(
+    arguments: Sequence[str],  # of the command line
+) -> Callable[[], None]:
+    "The command that the arguments ask for, ready to run; raises `ValueError` for a value that is not allowed."
+    arguments, default, page = list(arguments), None, io.StringIO()
     if arguments[:1] == ["train"]:
         arguments, default = with_preset(arguments)
-    if default is not None:
-        train(tyro.cli(Annotated[RunConfig, tyro.conf.arg(name="")], prog="deepvideo-r1 train", args=arguments[1:], default=default))
-    else:
-        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="deepvideo-r1", args=arguments,
-                                             description="Video reinforcement fine-tuning with GRPO and Reg-GRPO.")
+    try:
+        with contextlib.redirect_stderr(page):
+            if default is not None:
+                flat = Annotated[RunConfig, tyro.conf.arg(name="")]
+                return functools.partial(train, tyro.cli(flat, prog="deepvideo-r1 train", args=arguments[1:], default=default))
+            return tyro.extras.subcommand_cli_from_dict(
+                {name: _later(command) for name, command in COMMANDS.items()}, prog="deepvideo-r1", args=arguments,
+                description="Video reinforcement fine-tuning with GRPO and Reg-GRPO.")
+    except SystemExit as stop:
+        if message := getattr(stop.__context__, "message", None):  # a config refused its value
+            raise ValueError(message) from None
+        sys.stderr.write(page.getvalue())
+        raise
 
 
 def main(
@@ -207,9 +228,9 @@ def main(
     "The command `deepvideo-r1`."
     quiet()
     try:
-        run_command(sys.argv[1:] if arguments is None else arguments)
+        parse(sys.argv[1:] if arguments is None else arguments)()
     except KeyboardInterrupt as stop:
-        print(f"\ndeepvideo-r1: {stop or 'stopped; the same command continues'}", file=sys.stderr)
+        print(f"\ndeepvideo-r1: {str(stop) or 'stopped; the same command continues'}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read our output has seen enough, as in `--help | head`
         sys.stderr.close()

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['evaluate', 'accuracy', 'ious', 'recall_at', 'summarise', 'paired_gain']
 
-# %% ../nbs/17_evaluate.ipynb #2e26a3d7
+# %% ../nbs/17_evaluate.ipynb #d9e1d25e
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import read_metrics
+from .checkpoint import disk_errors, read_metrics
 from .config import PromptConfig
 from .core import Sample
 from .experiment import mean_interval
@@ -21,7 +21,7 @@ from .rollout import rollout_groups
 from .trainer import score
 from .video import VideoError
 
-# %% ../nbs/17_evaluate.ipynb #076484d5
+# %% ../nbs/17_evaluate.ipynb #fcf08448
 def _row(rollout, temperature: float) -> dict[str, Any]:
     "What is kept of one question."
     sample, scored = rollout.sample, score(rollout)
@@ -67,7 +67,7 @@ def evaluate(
         rows |= {group.sample.id: _row(group, temperature) for group in groups}
         done |= rows
         if path:
-            with Path(path).open("a") as file:
+            with disk_errors(path), Path(path).open("a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows.values())
         if on_progress:
             on_progress(len(samples) - len(todo) + start + len(rows), len(samples))

@@ -6,11 +6,12 @@
 __all__ = ['PRESETS', 'PolicyConfig', 'RunConfig', 'tiny_cpu', 'small_1gpu', 'paper_3b', 'paper_7b', 'difference', 'open_run',
            'disk_error', 'build_trainer', 'run_training', 'mean_interval']
 
-# %% ../nbs/15_experiment.ipynb #ad1cb55f
+# %% ../nbs/15_experiment.ipynb #dc34a04a
 import errno
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from .augment import AugmentConfig
-from .checkpoint import write_whole
+from .checkpoint import disk_errors, write_whole
 from .config import ObjectiveConfig, PromptConfig, RolloutConfig, TrainConfig
 from .datasets import load_samples
 from .policy import load_policy, save_policy
@@ -101,7 +102,7 @@ def difference(
             found[prefix + item.name] = (a, b)
     return found
 
-# %% ../nbs/15_experiment.ipynb #a81e0524
+# %% ../nbs/15_experiment.ipynb #431e5f0c
 def open_run(
     directory: str | Path,  # of the run; made when missing
     config: Any,  # a config record
@@ -112,6 +113,8 @@ def open_run(
     directory, wanted = Path(directory), json.loads(json.dumps(asdict(config)))
     wanted = {name: value for name, value in wanted.items() if name not in ignored}
     path = directory / "config.json"
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is a file; name a directory")
     if not path.exists():
         if directory.exists() and any(directory.iterdir()):
             raise ValueError(f"{directory} is not empty and holds no config.json; name another directory")
@@ -139,7 +142,7 @@ def _flatten(value: Any, name: str = ""):
     else:
         yield name, value
 
-# %% ../nbs/15_experiment.ipynb #21bde5fd
+# %% ../nbs/15_experiment.ipynb #2416f65b
 def disk_error(
     error: OSError,  # raised while writing
     directory: str | Path,  # where
@@ -147,7 +150,7 @@ def disk_error(
     "What to do about a full disk or a place that cannot be written, in one line; None for any other error."
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{directory}: no space left on the device; free some and run the same command again, it continues"
-    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
         return f"{directory}: cannot be written ({os.strerror(error.errno)}); name another directory"
     return None
 
@@ -159,7 +162,7 @@ def build_trainer(
     "Reads data, processor and checkpoint, and makes the trainer; raises `ValueError` for what does not fit."
     samples = load_samples(config.data)
     processor = load_processor(config.model)
-    policy = load_policy(config.model, temperature=config.rollout.temperature, **asdict(config.policy))
+    policy = load_policy(config.model, temperature=config.rollout.temperature, seed=config.train.seed, **asdict(config.policy))
     return Trainer(policy, processor, samples, config.out, train=config.train, prompt=config.prompt,
                    rollout=config.rollout, objective=config.objective, augment=config.augment, accelerator=accelerator)
 
@@ -178,7 +181,11 @@ def run_training(
     fit(trainer, on_step=on_step)
     weights = trainer.accelerator.get_state_dict(trainer.model)
     if trainer.accelerator.is_main_process:
-        save_policy(trainer.policy, trainer.processor, Path(config.out) / "model", state_dict=weights)
+        target, aside = Path(config.out) / "model", Path(config.out) / ".model"
+        with disk_errors(target, remove=aside):
+            save_policy(trainer.policy, trainer.processor, aside, state_dict=weights)
+            shutil.rmtree(target, ignore_errors=True)
+            aside.rename(target)
     trainer.accelerator.wait_for_everyone()
     return trainer
 

@@ -94,7 +94,7 @@ def kl_k3(
     inside = log_ratio.clamp(max=LOG_RATIO_LIMIT)
     return torch.expm1(inside) * (1 + (log_ratio - inside)) - inside
 
-# %% ../nbs/09_grpo.ipynb #e039597e
+# %% ../nbs/09_grpo.ipynb #259e4a4a
 @torch.no_grad()
 def policy_metrics(
     ratio: Tensor,  # (B, G, T) pi_theta / pi_old of each token
@@ -108,8 +108,8 @@ def policy_metrics(
     signs = advantages.sign()[..., None]
     is_clipped = signs * (ratio - 1) > (clip_eps if clip_eps is not None else float("inf"))
     return dict(
-        clip_fraction=average_tokens(is_clipped.to(ratio.dtype), completion_mask, length_norm="token"),
-        ratio_mean=average_tokens(ratio, completion_mask, length_norm="token"),
+        clip_fraction=average_tokens(is_clipped.to(ratio.dtype), completion_mask),
+        ratio_mean=average_tokens(ratio, completion_mask),
         advantage_abs_mean=advantages.abs().mean(),
         vanishing_ratio=is_vanishing(rewards).to(ratio.dtype).mean(),
     )

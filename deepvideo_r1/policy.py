@@ -6,7 +6,7 @@
 __all__ = ['FAMILIES', 'LORA_TARGETS', 'make_tiny_checkpoint', 'PolicyBatch', 'make_batch', 'PolicyModel', 'load_policy',
            'rollout_batch', 'group_logps', 'save_policy']
 
-# %% ../nbs/05_policy.ipynb #4034255c
+# %% ../nbs/05_policy.ipynb #b979cbaf
 import contextlib
 import json
 from collections.abc import Iterable, Sequence
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (AutoConfig, GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration,
                           Qwen2VLForConditionalGeneration)
@@ -203,7 +204,7 @@ class PolicyModel(nn.Module):
                                   temperature=self.temperature)
         return logps.view(rows, groups, n_tokens).masked_fill(~batch.completion_mask, 0.0)
 
-# %% ../nbs/05_policy.ipynb #8dc5a3b5
+# %% ../nbs/05_policy.ipynb #3630e142
 FAMILIES = {"qwen2_vl": Qwen2VLForConditionalGeneration, "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration}
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
@@ -231,6 +232,7 @@ def load_policy(
     train_vision: bool = False,  # False: the encoder is frozen, as in the paper
     gradient_checkpointing: bool = False,  # recompute activations in the backward pass
     temperature: float = 1.0,  # of sampling, and so of scoring
+    seed: int = 0,  # of the first weights of new adapters
 ) -> PolicyModel:
     "The policy of a Qwen2-VL or Qwen2.5-VL checkpoint; raises `ValueError` for anything else."
     path, adapter = str(path_or_hub_id), None
@@ -240,7 +242,10 @@ def load_policy(
         raise ValueError(f"dtype is {dtype!r}, allowed are 'float32' and 'bfloat16'")
     config = _checked_config(path)
     processor = load_processor(path)
-    hf = FAMILIES[config.model_type].from_pretrained(path, dtype=getattr(torch, dtype))
+    try:
+        hf = FAMILIES[config.model_type].from_pretrained(path, dtype=getattr(torch, dtype))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{path}: the weights cannot be read ({str(error).splitlines()[0]})") from error
     hf.set_attn_implementation({"text_config": "shared_prefix", "vision_config": "sdpa"})
     if gradient_checkpointing:
         hf.gradient_checkpointing_enable({"use_reentrant": False})
@@ -248,7 +253,10 @@ def load_policy(
     if adapter:
         hf = PeftModel.from_pretrained(hf, adapter, is_trainable=True)
     elif lora_rank:
-        hf = get_peft_model(hf, LoraConfig(r=lora_rank, lora_alpha=lora_alpha, lora_dropout=0.0, target_modules=LORA_TARGETS))
+        settings = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, lora_dropout=0.0, target_modules=LORA_TARGETS)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            hf = get_peft_model(hf, settings)
     unused = range(len(processor.tokenizer), hf.get_output_embeddings().weight.shape[0])
     return PolicyModel(hf, pad_ids=tuple(processor.pad_ids.values()), banned_ids=(*processor.banned_ids, *unused),
                        temperature=temperature, train_vision=train_vision)

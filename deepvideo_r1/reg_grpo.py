@@ -29,7 +29,7 @@ def predicted_advantages(
     variance = centred.pow(2).sum(-1, keepdim=True) / (log_ratio.shape[1] - ddof)
     return centred / (variance + sigma_floor**2).sqrt()
 
-# %% ../nbs/10_reg_grpo.ipynb #a22ab4fe
+# %% ../nbs/10_reg_grpo.ipynb #9f0d743d
 @torch.no_grad()
 def regression_metrics(
     log_ratio: Tensor,  # (B, G) log pi_theta / pi_old of whole responses
@@ -39,10 +39,9 @@ def regression_metrics(
     centred = log_ratio - log_ratio.mean(-1, keepdim=True)
     norms = centred.norm(dim=-1) * advantages.norm(dim=-1)
     corr = (centred * advantages).sum(-1) / norms.clamp(min=torch.finfo(norms.dtype).tiny)
-    counts = (advantages != 0).any(-1)
     return dict(
         log_ratio_std=centred.pow(2).mean(-1).sqrt().mean(),
-        advantage_corr=(corr * counts).sum() / counts.sum().clamp(min=1),
+        advantage_corr=corr.mean(),
     )
 
 # %% ../nbs/10_reg_grpo.ipynb #78d29e14

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['step_indices', 'score', 'TrainingError', 'Trainer', 'save_checkpoint', 'load_checkpoint', 'fit']
 
-# %% ../nbs/14_trainer.ipynb #739dec7e
+# %% ../nbs/14_trainer.ipynb #7366734b
 import copy
 import json
 import math
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .advantage import is_vanishing
 from .augment import AugmentConfig, augment_groups
-from .checkpoint import Stopped, publish_checkpoint, read_metrics, stop_flag, whole_checkpoints, write_whole
+from .checkpoint import Stopped, disk_errors, publish_checkpoint, read_metrics, stop_flag, whole_checkpoints, write_whole
 from .config import OBJECTIVES, ObjectiveConfig, PromptConfig, RolloutConfig, TrainConfig
 from .core import Prompt, Rollout, Sample, make_generator
 from .difficulty import ReplayBuffer, absolute_difficulty
@@ -60,7 +60,7 @@ def score(
     named = {name: torch.tensor([p[name] for p in parts]) for name in parts[0]}
     return replace(rollout, rewards=torch.tensor(totals), reward_parts=named)
 
-# %% ../nbs/14_trainer.ipynb #1297e5be
+# %% ../nbs/14_trainer.ipynb #23c4f5c8
 class TrainingError(RuntimeError):
     "The run cannot go on; the message names the cause and the step."
 
@@ -169,7 +169,8 @@ class Trainer:
     def _readable(self, step: int) -> list[int]:
         "This process's samples of a step whose clips can be read; raises `TrainingError` when too many cannot."
         indices = step_indices(len(self.samples), step, self.train.prompts_per_step, self.train.seed)
-        mine = indices[self.accelerator.process_index :: self.accelerator.num_processes]
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        mine = indices[rank::world]
         bad = {}
         for index in mine:
             try:
@@ -183,12 +184,12 @@ class Trainer:
         if share > self.train.max_bad_share and len(self.seen) >= min(20, len(self.samples)):
             raise TrainingError(f"step {step}: {len(self.bad_clips)} of {len(self.seen)} clips cannot be read, more than "
                                 f"{self.train.max_bad_share:.0%}; the first is {next(iter(self.bad_clips.values()))}")
+        self._places = [rank + place * world for place, index in enumerate(mine) if index not in bad]
         return [index for index in mine if index not in bad]
 
     def _all_rewards(self, rollouts: Sequence[Rollout]) -> Tensor | None:
         "Rewards (B, G) of all processes, in the order of the whole batch."
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        rows = [(i * world + rank, r.rewards.tolist()) for i, r in enumerate(rollouts)]
+        rows = [(place, r.rewards.tolist()) for place, r in zip(self._places, rollouts, strict=True)]
         rows = sorted(gather_object(rows), key=lambda row: row[0])
         return torch.tensor([rewards for _, rewards in rows]) if rows else None
 
@@ -275,7 +276,7 @@ class Trainer:
         return {name: value if name in ("groups", "responses") or name.endswith("_groups") else value / max(1, total["groups"])
                 for name, value in total.items()}
 
-# %% ../nbs/14_trainer.ipynb #e313c298
+# %% ../nbs/14_trainer.ipynb #1e457608
 def save_checkpoint(
     trainer: Trainer,  # whose state is saved
 ) -> None:
@@ -286,14 +287,16 @@ def save_checkpoint(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(aside))
+    with disk_errors(root, remove=aside):
+        accelerator.save_state(str(aside))
     state = {"step": trainer.next_step, "responses": trainer.responses, "buffer": trainer.buffer.state_dict(),
              "bad_clips": {str(k): v for k, v in trainer.bad_clips.items()}, "seen": sorted(trainer.seen),
              "processes": accelerator.num_processes}
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (aside / "trainer.json").write_text(json.dumps(state))
-        publish_checkpoint(aside, root / f"step-{trainer.next_step:06d}", trainer.train.keep_checkpoints)
+        with disk_errors(root, remove=aside):
+            (aside / "trainer.json").write_text(json.dumps(state))
+            publish_checkpoint(aside, root / f"step-{trainer.next_step:06d}", trainer.train.keep_checkpoints)
     accelerator.wait_for_everyone()
 
 
@@ -314,7 +317,7 @@ def load_checkpoint(
     trainer.bad_clips = {int(k): v for k, v in state["bad_clips"].items()}
     return True
 
-# %% ../nbs/14_trainer.ipynb #9f79e0ce
+# %% ../nbs/14_trainer.ipynb #4208e522
 def fit(
     trainer: Trainer,  # new, or of a run that was interrupted
     *,
@@ -331,7 +334,7 @@ def fit(
         while trainer.next_step < trainer.train.steps:
             rows.append(trainer.step())
             if main:
-                with path.open("a") as file:
+                with disk_errors(path), path.open("a") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
             stop = any(gather_object([asked()]))
             if on_step and main:

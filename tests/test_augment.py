@@ -69,8 +69,8 @@ def test_a_hint_is_whole_lines_without_the_last(lines, fraction, gap):
 
 
 @settings(max_examples=200, deadline=None)
-@given(words=st.lists(st.sampled_from(["he", "cuts.", "the", "onion", "Now", "it", "burns!", "why?"]), min_size=1, max_size=12),
-       fraction=shares)
+@given(fraction=shares, words=st.lists(
+    st.sampled_from(["he", "cuts.", "the", "onion", "Now", "it", "burns!", "why?"]), min_size=1, max_size=12))
 def test_a_hint_from_one_line_leaves_its_end_away(words, fraction):
     trace = " ".join(words)
     hint = make_hint(trace, fraction)
@@ -97,7 +97,8 @@ SAMPLED = AugmentConfig(enabled=True, hint_source="sampled")
 
 
 @settings(max_examples=200, deadline=None)
-@given(difficulty=st.floats(-2, 2), schedule=st.sampled_from(["adaptive", "fixed"]), harder=st.sampled_from(["noise", "mask"]))
+@given(difficulty=st.floats(-2, 2), schedule=st.sampled_from(["adaptive", "fixed"]),
+       harder=st.sampled_from(["noise", "mask"]))
 def test_easy_becomes_harder_and_hard_easier_within_the_limits(difficulty, schedule, harder):
     config = AugmentConfig(schedule=schedule, harder=harder)
     plan = plan_augmentation(difficulty, config)
@@ -124,14 +125,16 @@ class Caller:
         self.calls.append(("sample", purpose, *(f is not None for f in features)))
         assert len(rollouts) == len(prompts) == len(features)
         text = RIGHT if purpose == "trace" else WRONG
-        return [replace(group(r.sample.id, [2.0, 1.0]), prompt=p, texts=(text, WRONG)) for r, p in zip(rollouts, prompts)]
+        return [replace(group(r.sample.id, [2.0, 1.0]), prompt=p, texts=(text, WRONG))
+                for r, p in zip(rollouts, prompts)]
 
 
 def group(name, rewards, difficulty=None):
     n = len(rewards)
     sample = Sample(id=name, question="how many ?", answer="3", kind="number", meta={"trace": TRACE})
-    return Rollout(sample, Prompt(torch.tensor([1, 2])), torch.zeros(n, 1).long(), torch.ones(n, 1).bool(), torch.zeros(n, 1),
-                   (WRONG,) * n, torch.tensor(rewards), difficulty=difficulty, visual_features=torch.zeros(6, 4))
+    return Rollout(sample, Prompt(torch.tensor([1, 2])), torch.zeros(n, 1).long(), torch.ones(n, 1).bool(),
+                   torch.zeros(n, 1), (WRONG,) * n, torch.tensor(rewards), difficulty=difficulty,
+                   visual_features=torch.zeros(6, 4))
 
 
 EASY, HARD, EVEN = group("easy", [2.0, 2.0], -0.5), group("hard", [1.0, 1.0], 0.5), group("even", [2.0, 1.0], 0.0)
@@ -139,8 +142,8 @@ VISUALS = [("video", Clip(torch.full((4, 3, 28, 28), 100, dtype=torch.uint8), to
 
 
 def augment(rollouts, config, **how):
-    caller = Caller()
-    new = augment_groups(rollouts, [VISUALS] * len(rollouts), caller.ask, caller.sample, config, key=(0, "noise", 0), **how)
+    caller, visuals = Caller(), [VISUALS] * len(rollouts)
+    new = augment_groups(rollouts, visuals, caller.ask, caller.sample, config, key=(0, "noise", 0), **how)
     return new, caller.calls
 
 
@@ -148,7 +151,8 @@ def test_traces_are_sampled_before_any_changed_prompt():
     new, calls = augment([EASY, HARD, EVEN], SAMPLED)
     assert calls == [
         ("ask", "hard", "show_answer"), ("sample", "trace", True),  # the trace, for the hard one alone
-        ("ask", "easy"), ("ask", "hard", "hint"), ("sample", "augmented", False, True)]  # one call; noise needs the encoder again
+        ("ask", "easy"), ("ask", "hard", "hint"),
+        ("sample", "augmented", False, True)]  # one call; what noise has changed, the encoder must see
     assert [r.augmentation.get("kind") for r in new] == ["noise", "hint", None]
     assert [r.difficulty for r in new] == [-0.5, 0.5, 0.0] and new[2] is EVEN
     assert "t1 red 0" in new[1].prompt.text and "t4 red 3" not in new[1].prompt.text
@@ -156,7 +160,8 @@ def test_traces_are_sampled_before_any_changed_prompt():
 
 
 @pytest.mark.parametrize("config, expected", [
-    (replace(SAMPLED, hint_source="stored", hint_as="prefix"), [("ask", "easy"), ("ask", "hard", "prefix"), ("sample", "augmented", False, True)]),
+    (replace(SAMPLED, hint_source="stored", hint_as="prefix"),
+     [("ask", "easy"), ("ask", "hard", "prefix"), ("sample", "augmented", False, True)]),
     (replace(SAMPLED, hint_scale=0.0), [("ask", "easy"), ("sample", "augmented", False)]),
     (replace(SAMPLED, control=True), [("sample", "augmented", True, True)]),
     (replace(SAMPLED, dead_zone=0.6), []),
@@ -179,7 +184,8 @@ def test_first_groups_that_are_kept_stand_at_the_end():
 def test_without_a_right_trace_the_question_stays():
     class Puzzled(Caller):
         def sample(self, rollouts, prompts, purpose, features):
-            return [replace(r, texts=(WRONG, WRONG), rewards=torch.ones(2)) for r in super().sample(rollouts, prompts, purpose, features)]
+            groups = super().sample(rollouts, prompts, purpose, features)
+            return [replace(group, texts=(WRONG, WRONG), rewards=torch.ones(2)) for group in groups]
 
     caller = Puzzled()
     new = augment_groups([HARD], [VISUALS], caller.ask, caller.sample, SAMPLED, key=(0,))

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from deepvideo_r1.explorers import (
 from deepvideo_r1.grpo import grpo_loss
 from deepvideo_r1.reg_grpo import reg_grpo_loss
 
+ROOT = Path(__file__).resolve().parents[1]
 EXPLORERS = {"vanishing": VanishingExplorer, "clip": ClipExplorer, "regression": RegressionExplorer}
 SCRIPT = """
 import * as explorer from %s;
@@ -118,3 +120,20 @@ def test_a_widget_and_its_script_agree_on_names(name):
 def test_every_module_is_packaged():
     names = {path.name for path in (files("deepvideo_r1") / "esm").iterdir()}
     assert names == {"kit.js", "augment.js", *(f"{name}.js" for name in EXPLORERS)}
+
+
+def test_a_page_runs_each_widget_without_a_kernel(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    from widgets import STATE, VIEW, mount_widget
+
+    notebook = json.loads((ROOT / "nbs" / "11a_explorers.ipynb").read_text(encoding="utf-8"))
+    states = notebook["metadata"]["widgets"][STATE]["state"]
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", ())]
+    outputs = [output for output in outputs if VIEW in output.get("data", {})]
+    assert len(outputs) == len(EXPLORERS)
+    for output, name in zip(outputs, EXPLORERS):
+        html = mount_widget(output, states)["data"]["text/html"]
+        assert html.count("</script>") == 1 and "data:image/png;base64," in html
+        source = json.loads(re.search(r"new Blob\(\[(.*)\], ", html)[1])
+        assert source == read_module(name), "run the notebook again: it stores an older module"
+    assert mount_widget({"data": {"text/plain": "1"}}, {}) == {"data": {"text/plain": "1"}}

@@ -82,7 +82,8 @@ def plain_logps(model, policy, rollout) -> torch.Tensor:
     for ids, mask in zip(rollout.completion_ids, rollout.completion_mask):
         ids = ids[mask]
         after = torch.arange(following, following + len(ids)).expand(3, -1)
-        logits = model(input_ids=torch.cat([prompt.prompt_ids, ids])[None], position_ids=torch.cat([where, after], 1)[:, None],
+        positions = torch.cat([where, after], 1)[:, None]
+        logits = model(input_ids=torch.cat([prompt.prompt_ids, ids])[None], position_ids=positions,
                        **pixels).logits[0, len(prompt.prompt_ids) - 1 : -1]
         row = logits.index_fill(-1, policy.banned, float("-inf")).log_softmax(-1).gather(1, ids[:, None])[:, 0]
         rows.append(nn.functional.pad(row, (0, len(mask) - len(ids))))
@@ -193,7 +194,8 @@ def test_positions_by_hand():
         [0, 1, 2, 2, 2, 3, 3, 3, 2, 2, 2, 3, 3, 3, 6, 7, 7, 8, 8, 9, 10],
         [0, 1, 2, 3, 4, 2, 3, 4, 2, 3, 4, 2, 3, 4, 6, 7, 8, 7, 8, 9, 10],
     ]
-    positions, following = mrope_positions(ids, grids, ("video", "image"), (1.5, 1.0), pad_ids=[PAD], tokens_per_second=2)
+    positions, following = mrope_positions(ids, grids, ("video", "image"), (1.5, 1.0), pad_ids=[PAD],
+                                           tokens_per_second=2)
     assert positions.tolist() == expected and following == 11
 
 

@@ -52,13 +52,15 @@ def generate(path, prompt, policy, *, max_tokens, patch) -> list[int]:
         inputs |= {"pixel_values": prompt.patches, "image_grid_thw": prompt.grid_thw}
     if patch:
         where, following = policy.positions(prompt)
-        model.model.get_rope_index = lambda *args, **kwargs: (where[:, None], torch.tensor([[following - where.shape[1]]]))
+        ours = where[:, None], torch.tensor([[following - where.shape[1]]])
+        model.model.get_rope_index = lambda *args, **kwargs: ours
     ids = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False, suppress_tokens=policy.banned.tolist(),
                          eos_token_id=model.generation_config.eos_token_id)
     return ids[0, len(prompt.prompt_ids) :].tolist()
 
 
-@pytest.mark.parametrize("name, patch", [("short video", False), ("image", False), ("words", False), ("long video", True)])
+@pytest.mark.parametrize("name, patch", [
+    ("short video", False), ("image", False), ("words", False), ("long video", True)])
 def test_greedy_tokens_are_those_of_transformers(tiny_model, name, patch):
     policy = load_policy(tiny_model)
     rollout, = roll(policy, tiny_model, name, group_size=2, max_tokens=24, temperature=0)
@@ -80,7 +82,8 @@ def test_a_group_does_not_depend_on_its_company(tiny_model):
     policy = load_policy(tiny_model)
     how = dict(group_size=4, max_tokens=10)
     alone = {name: roll(policy, tiny_model, name, **how)[0] for name in VISUALS}
-    for names, batch_rows in ((list(VISUALS), 512), (list(VISUALS)[::-1], 512), (list(VISUALS), 8), (list(VISUALS)[1:3], 4)):
+    every = list(VISUALS)
+    for names, batch_rows in ((every, 512), (every[::-1], 512), (every, 8), (every[1:3], 4)):
         for rollout in roll(policy, tiny_model, *names, batch_rows=batch_rows, **how):
             expected = alone[rollout.sample.id]
             assert torch.equal(rollout.completion_ids, expected.completion_ids) and rollout.texts == expected.texts
@@ -90,7 +93,8 @@ def test_a_group_does_not_depend_on_its_company(tiny_model):
 
 def test_the_key_names_the_draws(tiny_model):
     policy = load_policy(tiny_model)
-    one, same, other = (roll(policy, tiny_model, "words", keys=[key], group_size=3, max_tokens=8)[0] for key in ((1,), (1,), (2,)))
+    one, same, other = (roll(policy, tiny_model, "words", keys=[key], group_size=3, max_tokens=8)[0]
+                        for key in ((1,), (1,), (2,)))
     assert one.texts == same.texts != other.texts
     assert len(set(one.texts)) == 3
 
@@ -99,7 +103,8 @@ def test_known_features_spare_the_encoder(tiny_model):
     policy = load_policy(tiny_model)
     first, = roll(policy, tiny_model, "short video", group_size=2, max_tokens=6)
     policy.encode = None  # calling it would fail
-    again, = roll(policy, tiny_model, "short video", group_size=2, max_tokens=6, visual_features=[first.visual_features])
+    again, = roll(policy, tiny_model, "short video", group_size=2, max_tokens=6,
+                  visual_features=[first.visual_features])
     assert torch.equal(first.completion_ids, again.completion_ids) and torch.equal(first.old_logps, again.old_logps)
 
 
@@ -124,11 +129,12 @@ def test_a_response_ends_with_its_stop_id(tiny_model):
 
 @settings(max_examples=200, deadline=None)
 @given(logits=st.lists(st.floats(-200, 200, width=32), min_size=2, max_size=30), banned=st.sets(st.integers(0, 29)),
-       level=st.one_of(st.floats(0, 1, exclude_max=True), st.sampled_from([0.0, 1 - 2**-53])), temperature=st.sampled_from([0, 0.3, 1]))
+       level=st.one_of(st.floats(0, 1, exclude_max=True), st.sampled_from([0.0, 1 - 2**-53])),
+       temperature=st.sampled_from([0, 0.3, 1]))
 def test_a_banned_id_is_never_drawn(logits, banned, level, temperature):
     banned = sorted(i for i in banned if i < len(logits))[: len(logits) - 1]
-    ids, logps = sample_tokens(torch.tensor([logits]), torch.tensor([level], dtype=torch.float64), temperature=temperature,
-                               banned=torch.tensor(banned, dtype=torch.long))
+    ids, logps = sample_tokens(torch.tensor([logits]), torch.tensor([level], dtype=torch.float64),
+                               temperature=temperature, banned=torch.tensor(banned, dtype=torch.long))
     assert int(ids) not in banned and torch.isfinite(logps).all() and float(logps) <= 1e-6
 
 

@@ -15,10 +15,10 @@ SCRIPT = Path(__file__).with_name("two_processes.py")
 def found(trained_model, tiny_world, tmp_path_factory):
     "What each of two processes saw, from one launch for all cases."
     directory = tmp_path_factory.mktemp("two")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([sys.executable, *launch, SCRIPT, trained_model, tiny_world / "rl.jsonl", directory],
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True,
-                          timeout=300)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*launch, trained_model, tiny_world / "rl.jsonl", directory], env=environment,
+                          capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return [torch.load(directory / f"found-{rank}.pt") for rank in (0, 1)]
 

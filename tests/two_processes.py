@@ -23,7 +23,8 @@ CASES = {  # objective, augmentation, changes of the training settings, samples 
     "grpo": ("grpo", AugmentConfig(), dict(prompts_per_forward=2, inner_updates=2), (), 0),
     "reg_grpo, adapters": ("reg_grpo", AugmentConfig(), dict(prompts_per_forward=1), (), 4),
     "reg_grpo, augmented": ("reg_grpo", AUGMENT, dict(prompts_per_forward=4, steps=3), (), 0),
-    "grpo, both groups": ("grpo", replace(AUGMENT, keep_first=True, dead_zone=0.4), dict(prompts_per_forward=2, steps=3), (), 0),
+    "grpo, both groups": ("grpo", replace(AUGMENT, keep_first=True, dead_zone=0.4),
+                          dict(prompts_per_forward=2, steps=3), (), 0),
     "grpo, a bad clip": ("grpo", replace(AUGMENT, window=6), dict(prompts_per_forward=1, steps=3), range(3), 0),
     "reg_grpo, a rank without a group": ("reg_grpo", AugmentConfig(), dict(prompts_per_step=2, steps=6), (1, 4, 8), 0),
 }
@@ -56,7 +57,8 @@ def run_case(case: str, model: Path, questions: Path, directory: Path) -> dict:
         rows.append(trainer.step())
     return {"rows": rows, "gradients": gradients, "responses": responses, "buffer": trainer.buffer.state_dict(),
             "weights": {name: p.detach() for name, p in trainer.policy.named_parameters()}, "bad": trainer.bad_clips,
-            "processes": trainer.accelerator.num_processes, "is_ddp": isinstance(trainer.model, DistributedDataParallel)}
+            "processes": trainer.accelerator.num_processes,
+            "is_ddp": isinstance(trainer.model, DistributedDataParallel)}
 
 
 def run_twice(model: Path, questions: Path, directory: Path) -> dict:

@@ -12,11 +12,11 @@ const STYLE = `
 @container (max-width: 30em) {
   .dvr-row { grid-template-columns: minmax(6em, 1fr) 3.5em; }
   .dvr-row > :first-child { grid-column: 1 / -1; margin-top: .3em; }
-  .dvr-row.short { grid-template-columns: 8.6em minmax(6em, 1fr) 3em; }
+  .dvr-row.short { grid-template-columns: 9.6em minmax(6em, 1fr) 3.5em; }
   .dvr-row.short > :first-child { grid-column: auto; margin: 0; }
 }
 .dvr-row input[type=range] { width: 100%; height: 28px; margin: 0; accent-color: var(--dvr-a); touch-action: pan-y; }
-.dvr-row output { text-align: right; font-variant-numeric: tabular-nums; }
+.dvr-row output { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .dvr-charts { display: flex; flex-wrap: wrap; gap: .5em 1em; margin: .3em 0; }
 .dvr-chart { flex: 1 1 18em; max-width: 28em; min-width: 0; margin: 0; }
 .dvr-chart svg { display: block; width: 100%; height: auto; overflow: visible; }

@@ -96,7 +96,8 @@ function render({ model, el }) {
     for (const row of [floor, ...rows]) row.update();
     charts.replaceChildren(...drawGroup(found, model.get("log_ratios")));
     const isVanishing = found.advantages.every((value) => value === 0);
-    says.textContent = `Loss ${number(found.loss, 3)}, correlation of advantage and log-ratio ${number(found.corr, 3)}, `
+    says.textContent = `Loss ${number(found.loss, 3)}, `
+      + `correlation of advantage and log-ratio ${number(found.corr, 3)}, `
       + `spread of the log-ratios ${number(found.std)} nats, `
       + `size of the gradient ${number(Math.hypot(...found.gradient), 3)}.`
       + (isVanishing ? " All rewards are equal: the group is masked out." : "");
