@@ -40,7 +40,7 @@ def sample_tokens(
         ids = torch.searchsorted(cumulative, level[:, None], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
     return ids, logps.gather(-1, ids[:, None])[:, 0]
 
-# %% ../nbs/06_rollout.ipynb #8ad00035
+# %% ../nbs/06_rollout.ipynb #338d4006
 class Completions(NamedTuple):
     "Sampled responses of B prompts."
     ids: Tensor  # (B, G, T) int64, 0 after the end
@@ -75,6 +75,9 @@ def complete(
     n_prompts, groups, max_tokens = uniforms.shape
     features = tuple(visual_features) if visual_features is not None else _encode(policy, prompts)
     batch = make_batch(policy, prompts, visual_features=features).to(policy.device)
+    if (longest := batch.prompt_ids.shape[1] + max_tokens) > policy.context_length:
+        raise ValueError(f"a prompt of {longest - max_tokens} tokens and a response of up to {max_tokens} exceed the model's "
+                         f"context of {policy.context_length}; use fewer frames, fewer pixels or a smaller max_tokens")
     language_model, head = policy.base.model.language_model, policy.base.lm_head
     cache = DynamicCache(config=policy.base.config.text_config)
     width = batch.prompt_ids.shape[1]

@@ -226,9 +226,11 @@ def test_iou_is_a_symmetric_share(a, b):
 
 
 @pytest.mark.parametrize("predicted, spans, expected", [
-    ([(1, 3)], [(1, 3)], 1), ([(1, 3)], [(2, 4)], 1 / 3), ([(0, 6)], [(0, 2), (4, 6)], 4 / 6), (None, [(1, 3)], 0), ([], [(1, 3)], 0),
+    ([(1, 3)], [(1, 3)], 1), ([(1, 3)], [(2, 4)], 1 / 3), ([(0, 6)], [(0, 2), (4, 6)], 4 / 6), (None, [(1, 3)], 0),
+    ([], [(1, 3)], 0),
     ([(0, 2), (4, 6)], [(4, 6), (0, 2)], 1), ([(0, 2), (1, 3)], [(0, 3)], 1), ([(0, 2)] * 5, [(0, 4)], 0.5),
-    ([(0, 1), (2, 3)], [(1, 2)], 0), ([(2, 1)], [(1, 2)], 0), ([(1, 2), (2, 1)], [(1, 2)], 0), ([(math.nan, 2)], [(1, 2)], 0),
+    ([(0, 1), (2, 3)], [(1, 2)], 0), ([(2, 1)], [(1, 2)], 0), ([(1, 2), (2, 1)], [(1, 2)], 0),
+    ([(math.nan, 2)], [(1, 2)], 0),
     ([(0, math.inf)], [(1, 2)], 0), ([(2, 2)], [(2, 2)], 1), ([(2, 2)], [(3, 3)], 0), ([(2, 2)], [(1, 3)], 0),
     ([(1, 3)], [(0, 2), (1, 4)], 0.5), ([(0, 1), (1, 2)], [(0, 2)], 1),
 ])
@@ -236,7 +238,8 @@ def test_iou_of_unions(predicted, spans, expected):
     assert union_iou_reward(predicted, spans) == pytest.approx(expected, abs=1e-12)
 
 
-steps = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 12)).map(lambda one: (one[0] / 4, (one[0] + one[1]) / 4)), max_size=6)
+steps = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 12)).map(lambda one: (one[0] / 4,
+                                                                                    (one[0] + one[1]) / 4)), max_size=6)
 
 
 @given(predicted=steps, spans=steps.filter(bool))
@@ -253,11 +256,15 @@ def test_iou_of_unions_counts_quarter_seconds(predicted, spans):
 
 
 @pytest.mark.parametrize("text, expected", [
-    ("[(1.0, 3.0)]", [(1, 3)]), ("[(1, 3), (5, 7)]", [(1, 3), (5, 7)]), ("[[1, 3],[5, 7]]", [(1, 3), (5, 7)]), ("(1,3)", [(1, 3)]),
-    ("1 to 3", [(1, 3)]), ("1s - 3s, 5s - 7s", [(1, 3), (5, 7)]), ("(1, 3) (5, 7)", [(1, 3), (5, 7)]), ("（1，3）", [(1, 3)]),
+    ("[(1.0, 3.0)]", [(1, 3)]), ("[(1, 3), (5, 7)]", [(1, 3), (5, 7)]), ("[[1, 3],[5, 7]]", [(1, 3), (5, 7)]),
+    ("(1,3)", [(1, 3)]),
+    ("1 to 3", [(1, 3)]), ("1s - 3s, 5s - 7s", [(1, 3), (5, 7)]), ("(1, 3) (5, 7)", [(1, 3), (5, 7)]),
+    ("（1，3）", [(1, 3)]),
     ("[(5, 7), (1, 3)]", [(5, 7), (1, 3)]), ("[(1, 3), and (5, 7)]", [(1, 3), (5, 7)]), ("[(1, 1)]", [(1, 1)]),
-    ("[]", None), ("", None), ("[(3, 1)]", None), ("[(1, 3), (7, 5)]", None), ("[(1, 3)", None), ("(1, 3)]", None), ("[(1, 3, 5)]", None),
-    ("[(-1, 3)]", None), ("[(nan, 3)]", None), ("[(1, inf)]", None), ("[1, 3, 5, 7]", None), ("[(1, 3),]", None), ("[((1, 3))]", None),
+    ("[]", None), ("", None), ("[(3, 1)]", None), ("[(1, 3), (7, 5)]", None), ("[(1, 3)", None), ("(1, 3)]", None),
+    ("[(1, 3, 5)]", None),
+    ("[(-1, 3)]", None), ("[(nan, 3)]", None), ("[(1, inf)]", None), ("[1, 3, 5, 7]", None), ("[(1, 3),]", None),
+    ("[((1, 3))]", None),
     ("[(1, 3), soon]", None), ("from the start", None), ("[(1e3, 2e3)]", None), ("(1, 2), " * 100 + "(1, 2)", None),
 ])
 def test_lists_of_intervals(text, expected):
@@ -287,10 +294,12 @@ def test_word_accuracy_is_one_minus_the_word_error_rate(given, truth, space):
 
 
 def test_word_accuracy_may_ignore_case():
-    assert word_accuracy("STOP here", "stop HERE") == 0.0 and word_accuracy("STOP here", "stop HERE", ignore_case=True) == 1.0
+    assert word_accuracy("STOP here", "stop HERE") == 0.0 and word_accuracy("STOP here", "stop HERE",
+                                                                            ignore_case=True) == 1.0
 
 
-SENTENCES = ["The man cuts two onions, then he washes his hands.", "A man is cutting onions", "He washed his hand!", "two dogs run in 2 parks",
+SENTENCES = ["The man cuts two onions, then he washes his hands.", "A man is cutting onions", "He washed his hand!",
+             "two dogs run in 2 parks",
              "onions", "the the the", "it's a well-known running race", "onions the cut man"]
 
 
@@ -303,8 +312,10 @@ def test_open_answers_get_the_mean_of_three_rouge_scores(truth):
 
 
 @pytest.mark.parametrize("given, truth, low, high", [
-    ("cat", "cat", 1, 1), ("Cats", "cat", 1, 1), ("!!", "!!", 1, 1), ("!!", "??", 0, 0), ("", "cat", 0, 0), ("一只猫", "一只猫", 1, 1),
-    ("一只黑猫", "一只猫", 0.3, 0.99), ("狗", "一只猫", 0, 0), ("café", "cafe", 0, 0), ("y" * 5000, "y" * 5000, 1, 1), ("y" * 5000, "cat", 0, 0),
+    ("cat", "cat", 1, 1), ("Cats", "cat", 1, 1), ("!!", "!!", 1, 1), ("!!", "??", 0, 0), ("", "cat", 0, 0),
+    ("一只猫", "一只猫", 1, 1),
+    ("一只黑猫", "一只猫", 0.3, 0.99), ("狗", "一只猫", 0, 0), ("café", "cafe", 0, 0), ("y" * 5000, "y" * 5000, 1, 1),
+    ("y" * 5000, "cat", 0, 0),
     ("the cat " * 501, "the cat", 0, 0), ("_" * 9, "cat", 0, 0), ("кошка спит", "кошка спит тут", 0.5, 0.99),
 ])
 def test_open_answers_at_the_edges(given, truth, low, high):
@@ -326,9 +337,12 @@ def test_mean_relative_accuracy_counts_thresholds(given, truth):
 
 
 @pytest.mark.parametrize("given, truth, within, strictly", [
-    (10, 10, 1.0, 1.0), (9.5, 10, 1.0, 0.9), (10.5, 10, 1.0, 0.9), (9, 10, 0.9, 0.8), (0.7, 1, 0.5, 0.4), (5, 10, 0.1, 0.0), (15, 10, 0.1, 0.0),
-    (4.99, 10, 0.0, 0.0), (-9.5, -10, 1.0, 0.9), (-10, 10, 0.0, 0.0), (0, 0, 1.0, 1.0), (1e-9, 0, 0.0, 0.0), (0, 5, 0.0, 0.0),
-    (math.nan, 5, 0.0, 0.0), (math.inf, 5, 0.0, 0.0), (-math.inf, 5, 0.0, 0.0), (None, 5, 0.0, 0.0), (1e300, 5, 0.0, 0.0), (5e-324, 5e-324, 1.0, 1.0),
+    (10, 10, 1.0, 1.0), (9.5, 10, 1.0, 0.9), (10.5, 10, 1.0, 0.9), (9, 10, 0.9, 0.8), (0.7, 1, 0.5, 0.4),
+    (5, 10, 0.1, 0.0), (15, 10, 0.1, 0.0),
+    (4.99, 10, 0.0, 0.0), (-9.5, -10, 1.0, 0.9), (-10, 10, 0.0, 0.0), (0, 0, 1.0, 1.0), (1e-9, 0, 0.0, 0.0),
+    (0, 5, 0.0, 0.0),
+    (math.nan, 5, 0.0, 0.0), (math.inf, 5, 0.0, 0.0), (-math.inf, 5, 0.0, 0.0), (None, 5, 0.0, 0.0),
+    (1e300, 5, 0.0, 0.0), (5e-324, 5e-324, 1.0, 1.0),
 ])
 def test_mean_relative_accuracy_on_the_border(given, truth, within, strictly):
     assert mean_relative_accuracy(given, truth) == within
@@ -375,7 +389,8 @@ TRAPS = [
     ("unreadable number", lambda: accuracy_reward(say("about four"), "4", "regression"), 0.0),
     ("truth 0 in mean relative accuracy", lambda: accuracy_reward(say("0"), "0", "mra"), 1.0),
     # Video-R1: the first row's problem type for the whole batch
-    ("every row by its own kind", lambda: [total_reward(say("10"), s)[1].get("accuracy") for s in (FAR, NUMBER, CHOICE)], [1.0, 0.0, 0.0]),
+    ("every row by its own kind",
+     lambda: [total_reward(say("10"), s)[1].get("accuracy") for s in (FAR, NUMBER, CHOICE)], [1.0, 0.0, 0.0]),
     # SEED-Bench-R1: first characters are compared
     ("Answer: C where A is right", lambda: accuracy_reward(say("Answer: C"), "A"), 0.0),
     ("(A) where A is right", lambda: accuracy_reward(say("(A)"), "A"), 1.0),
@@ -388,16 +403,19 @@ TRAPS = [
     ("The answer is D", lambda: accuracy_reward(say("The answer is D"), "D"), 1.0),
     ("no letter on either side", lambda: accuracy_reward(say("none"), "A"), 0.0),
     ("square brackets", lambda: total_reward(respond("B", "[[2, 4], [8, 10]]"), WHY)[1]["iou"], 1.0),
-    ("negative bounds", lambda: total_reward(respond("B", "[(-2, 4)]"), WHY)[1], dict(format=0.0, accuracy=1.0, iou=0.0)),
+    ("negative bounds", lambda: total_reward(respond("B", "[(-2, 4)]"), WHY)[1],
+     dict(format=0.0, accuracy=1.0, iou=0.0)),
     ("no interval", lambda: total_reward(respond("B", "[]"), WHY)[1], dict(format=0.0, accuracy=1.0, iou=0.0)),
-    ("broken after good", lambda: [total_reward(respond("B", g), WHY)[1]["iou"] for g in ("[(2, 4), (8, 10)]", "[(2, ")], [1.0, 0.0]),
+    ("broken after good", lambda: [total_reward(respond("B", g), WHY)[1]["iou"] for g in ("[(2, 4), (8, 10)]",
+                                                                                          "[(2, ")], [1.0, 0.0]),
     ("one interval twice", lambda: total_reward(respond("B", "[(2, 4), (2, 4)]"), WHY)[1]["iou"], 0.5),
     # EasyR1: the pattern of the answer does not cross lines; without a tag the whole reply is graded
     ("an answer on its own line", lambda: accuracy_reward(say("\nA\n"), "A"), 1.0),
     ("the whole reply", lambda: accuracy_reward("I think A, because it is A", "A"), 0.0),
     ("the whole reply, when asked", lambda: accuracy_reward("A", "A", require_tags=False), 1.0),
     # training code of SEED-Bench-R1: options that repeat
-    ("two right options", lambda: [accuracy_reward(say(x), "A", options=("x", "y", "x")) for x in "ABC"], [1.0, 0.0, 1.0]),
+    ("two right options", lambda: [accuracy_reward(say(x), "A", options=("x", "y", "x")) for x in "ABC"],
+     [1.0, 0.0, 1.0]),
     ("options without text", lambda: accuracy_reward(say("B"), "A", options=("", "")), 0.0),
 ]
 
@@ -438,7 +456,8 @@ def respond(answer, glue):
     (CHOICE, "a rope", 2.0, dict(format=1.0, accuracy=1.0)), (CHOICE, "A", 1.0, dict(format=1.0, accuracy=0.0)),
     (NUMBER, "1000", 2.0, dict(format=1.0, accuracy=1.0)), (TEXT, "A Rope", 2.0, dict(format=1.0, accuracy=1.0)),
     (WHEN, "10 to 12", 2.0, dict(format=1.0, iou=1.0)), (WHEN, "3 to 4", 1.5, dict(format=1.0, iou=0.5)),
-    (WHEN, "no idea", 1.0, dict(format=1.0, iou=0.0)), (SIGN, "stop there now", 1 + 2 / 3, dict(format=1.0, accuracy=2 / 3)),
+    (WHEN, "no idea", 1.0, dict(format=1.0, iou=0.0)), (SIGN, "stop there now", 1 + 2 / 3,
+                                                        dict(format=1.0, accuracy=2 / 3)),
     (SCENE, "the man cuts two onions", 2.0, dict(format=1.0, accuracy=1.0)),
     (FAR, "9", 1.9, dict(format=1.0, accuracy=0.9)), (FAR_TOO, "9", 1.9, dict(format=1.0, accuracy=0.9)),
     (HIDDEN, "A", 1.0, dict(format=1.0)),
@@ -453,14 +472,17 @@ def test_totals(sample, answer, total, parts):
     (" \n" + respond("a rope", "2 to 4") + "\n ", 1, 1, 0.5), (respond("A", "[(2, 10)]"), 1, 0, 0.5),
     (respond("B", "[]"), 0, 1, 0), (respond("B", ""), 0, 1, 0), (respond("B", "soon"), 0, 1, 0),
     (respond("B", "[(4, 2)]"), 0, 1, 0), (respond("B", "[(2, 4), (9)]"), 0, 1, 0), (respond("B", "[(-2, 4)]"), 0, 1, 0),
-    (say("B"), 0, 1, 0), (say("B") + " so <glue>[(2, 4)]</glue>", 0, 1, 0.5), (respond("B", "[(2, 4)]") + "!", 0, 1, 0.5),
+    (say("B"), 0, 1, 0), (say("B") + " so <glue>[(2, 4)]</glue>", 0, 1, 0.5),
+    (respond("B", "[(2, 4)]") + "!", 0, 1, 0.5),
     ("<think>a</think><glue>[(2, 4)]</glue><answer>B</answer>", 0, 1, 0.5),
     (respond("B", "[(2, 4)]") + "<glue>[(8, 10)]</glue>", 0, 1, 0), (respond("", "[(2, 4)]"), 1, 0, 0.5), ("", 0, 0, 0),
 ])
 def test_an_answer_and_its_intervals_on_one_response(text, format, accuracy, iou):
     total, parts = total_reward(text, WHY)
-    assert parts == pytest.approx(dict(format=format, accuracy=accuracy, iou=iou)) and total == pytest.approx(sum(parts.values()))
-    assert total_reward(text, WHY, format_weight=0, accuracy_weight=2, iou_weight=3)[0] == pytest.approx(2 * accuracy + 3 * iou)
+    assert parts == pytest.approx(dict(format=format, accuracy=accuracy,
+                                       iou=iou)) and total == pytest.approx(sum(parts.values()))
+    assert total_reward(text, WHY, format_weight=0, accuracy_weight=2,
+                        iou_weight=3)[0] == pytest.approx(2 * accuracy + 3 * iou)
 
 
 def test_weights_change_the_total_and_not_the_parts():
@@ -508,7 +530,8 @@ def test_time_is_linear_in_the_length(piece):
     text = piece * (SIZE // len(piece))
     for sample in ALL:
         total_reward(respond("B", "1 to 2"), sample)  # what is imported late is not counted
-        for wrapped in (text, say(text), say("A." + text), say("1" + text), "<think>" + text, text + "</answer>", respond("B", text)):
+        for wrapped in (text, say(text), say("A." + text), say("1" + text), "<think>" + text, text + "</answer>",
+                        respond("B", text)):
             start = time.process_time()
             total_reward(wrapped, sample)
             assert time.process_time() - start < 3.0  # quadratic time would take minutes
