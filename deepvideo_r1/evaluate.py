@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['evaluate', 'accuracy', 'ious', 'recall_at', 'summarise', 'paired_gain']
 
-# %% ../nbs/17_evaluate.ipynb #d9e1d25e
+# %% ../nbs/17_evaluate.ipynb #548b4531
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import disk_errors, read_metrics
+from .checkpoint import disk_errors, read_metrics, write_whole
 from .config import PromptConfig
 from .core import Sample
 from .experiment import mean_interval
@@ -21,7 +21,7 @@ from .rollout import rollout_groups
 from .trainer import score
 from .video import VideoError
 
-# %% ../nbs/17_evaluate.ipynb #fcf08448
+# %% ../nbs/17_evaluate.ipynb #f5493d81
 def _row(rollout, temperature: float) -> dict[str, Any]:
     "What is kept of one question."
     sample, scored = rollout.sample, score(rollout)
@@ -50,6 +50,8 @@ def evaluate(
     done = {row["id"]: row for row in (read_metrics(path) if path else [])}
     if done and {row["temperature"] for row in done.values()} != {temperature}:
         raise ValueError(f"{path} holds rows of another temperature; remove it or name another file")
+    if done:  # a line that a crash has torn must not swallow the next one
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in done.values()))
     todo = [s for s in samples if s.id not in done]
     for start in range(0, len(todo), batch_prompts):
         asked, rows = [], {}
