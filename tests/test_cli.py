@@ -221,6 +221,7 @@ TOY = ["toy", "--arms", "grpo", "reg_grpo_da",
        "--train.steps", 12, "--train.prompts-per-step", 4, "--train.prompts-per-forward", 4, "--train.save-every", 4]
 
 
+@pytest.mark.slow  # about a minute, and its interrupts race with the work on a busy machine
 def test_the_toy_goes_on_wherever_it_was_interrupted(cli, tmp_path):
     out, cache = tmp_path / "runs/mini", tmp_path / "runs/cache"
     told = []
