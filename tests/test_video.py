@@ -12,9 +12,9 @@ import av
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from deepvideo_r1.core import Clip
