@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['add_noise', 'mask_frames', 'make_hint', 'AugmentConfig', 'plan_augmentation', 'best_trace', 'augment_groups']
 
-# %% ../nbs/13_augment.ipynb #f37c07d0
+# %% ../nbs/13_augment.ipynb #b00962d1
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -105,12 +106,11 @@ class AugmentConfig:
         if not 1 <= self.min_samples <= self.window:
             raise ValueError(f"augment.min_samples must lie between 1 and window ({self.window}), got {self.min_samples}")
 
-# %% ../nbs/13_augment.ipynb #ecde2420
+# %% ../nbs/13_augment.ipynb #d3854e63
 def _strength(difficulty: float, schedule: str, scale: float, limit: float, dead_zone: float) -> float:
     "How strong a change is, for a difficulty that points its way: proportional within a cap, or the cap itself."
-    if schedule == "fixed":
-        return limit * (scale > 0 and difficulty > dead_zone)
-    return scale_beyond(difficulty, scale=scale, limit=limit, dead_zone=dead_zone)
+    steep = math.inf if schedule == "fixed" and scale > 0 else scale
+    return scale_beyond(difficulty, scale=steep, limit=limit, dead_zone=dead_zone)
 
 
 def plan_augmentation(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sample_tokens', 'Completions', 'complete', 'rollout_groups']
 
-# %% ../nbs/06_rollout.ipynb #55b669c8
+# %% ../nbs/06_rollout.ipynb #bc90686d
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from .core import Prompt, Rollout, Sample, make_generator
+from .packing import causal_prompt_mask
 from .policy import PolicyModel, make_batch
 from .prompt import Processor
 from .video import n_visual_tokens
@@ -40,7 +41,7 @@ def sample_tokens(
         ids = torch.searchsorted(cumulative, level[:, None], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
     return ids, logps.gather(-1, ids[:, None])[:, 0]
 
-# %% ../nbs/06_rollout.ipynb #338d4006
+# %% ../nbs/06_rollout.ipynb #b17294cc
 class Completions(NamedTuple):
     "Sampled responses of B prompts."
     ids: Tensor  # (B, G, T) int64, 0 after the end
@@ -80,9 +81,7 @@ def complete(
                          f"context of {policy.context_length}; use fewer frames, fewer pixels or a smaller max_tokens")
     language_model, head = policy.base.model.language_model, policy.base.lm_head
     cache = DynamicCache(config=policy.base.config.text_config)
-    width = batch.prompt_ids.shape[1]
-    own = torch.eye(width, dtype=torch.bool, device=policy.device)
-    mask = (own.new_ones(width, width).tril() & batch.prompt_mask[:, None] | own)[:, None]
+    mask = causal_prompt_mask(batch.prompt_mask)
     hidden = language_model(inputs_embeds=policy.embed_prompts(batch), position_ids=batch.prompt_positions,
                             attention_mask={"full_attention": mask}, past_key_values=cache).last_hidden_state[:, -1]
     cache.batch_repeat_interleave(groups)

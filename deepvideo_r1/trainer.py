@@ -60,7 +60,7 @@ def score(
     named = {name: torch.tensor([p[name] for p in parts]) for name in parts[0]}
     return replace(rollout, rewards=torch.tensor(totals), reward_parts=named)
 
-# %% ../nbs/14_trainer.ipynb #23c4f5c8
+# %% ../nbs/14_trainer.ipynb #ed2133d9
 class TrainingError(RuntimeError):
     "The run cannot go on; the message names the cause and the step."
 
@@ -101,9 +101,8 @@ class Trainer:
         self.policy = self.accelerator.unwrap_model(self.model)
         self.buffer = ReplayBuffer(augment.window, min_samples=augment.min_samples)
         self.next_step, self.responses, self.bad_clips, self.seen = 0, 0, {}, set()
-        self._visuals = lru_cache(clip_cache)(lambda i: load_visuals(
+        self.visuals = lru_cache(clip_cache)(lambda i: load_visuals(
             samples[i], processor, max_frames=prompt.max_frames, fps=prompt.fps, max_pixels=prompt.max_pixels))
-        self.visuals = lambda index: self._visuals(index)
 
     # --- one step -------------------------------------------------------------------------------------------------
 
@@ -223,7 +222,7 @@ class Trainer:
         self.model.train()
         chunks = [(rollout_batch(self.policy, c), torch.stack([r.rewards for r in c]).to(self.policy.device), w)
                   for c, w in self._chunks(rollouts)]
-        loss_fn, old = OBJECTIVES[self.objective.name], [None] * len(chunks)
+        loss_fn, knobs, old = OBJECTIVES[self.objective.name], self.objective.knobs(), [None] * len(chunks)
         reference = [self._reference_logps(batch) for batch, _, _ in chunks]
         for update in range(self.train.inner_updates):
             self._set_learning_rate(self.next_step * self.train.inner_updates + update)
@@ -232,7 +231,7 @@ class Trainer:
             for c, (batch, rewards, weight) in enumerate(chunks):
                 logps = self.model(batch)
                 old[c] = logps.detach() if update == 0 else old[c]
-                loss, metrics = loss_fn(logps, old[c], reference[c], batch.completion_mask, rewards, **self.objective.knobs())
+                loss, metrics = loss_fn(logps, old[c], reference[c], batch.completion_mask, rewards, **knobs)
                 self.accelerator.backward(loss * weight)
                 for name, value in metrics.items():
                     totals[name] = totals.get(name, 0.0) + torch.as_tensor(value, device=loss.device).float() * weight
