@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['step_indices', 'score', 'TrainingError', 'Trainer', 'save_checkpoint', 'load_checkpoint', 'fit']
 
-# %% ../nbs/14_trainer.ipynb #7366734b
+# %% ../nbs/14_trainer.ipynb #30867157
 import copy
 import json
 import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -24,8 +25,9 @@ from torch import Tensor
 
 from .advantage import is_vanishing
 from .augment import AugmentConfig, augment_groups
+from .baselines import OBJECTIVES, SAMPLED_FROM_REFERENCE
 from .checkpoint import Stopped, disk_errors, publish_checkpoint, read_metrics, stop_flag, whole_checkpoints, write_whole
-from .config import OBJECTIVES, ObjectiveConfig, PromptConfig, RolloutConfig, TrainConfig
+from .config import ObjectiveConfig, PromptConfig, RolloutConfig, TrainConfig
 from .core import Prompt, Rollout, Sample, make_generator
 from .difficulty import ReplayBuffer, absolute_difficulty
 from .policy import PolicyModel, rollout_batch
@@ -60,7 +62,7 @@ def score(
     named = {name: torch.tensor([p[name] for p in parts]) for name in parts[0]}
     return replace(rollout, rewards=torch.tensor(totals), reward_parts=named)
 
-# %% ../nbs/14_trainer.ipynb #ed2133d9
+# %% ../nbs/14_trainer.ipynb #f20c3647
 class TrainingError(RuntimeError):
     "The run cannot go on; the message names the cause and the step."
 
@@ -92,7 +94,8 @@ class Trainer:
         self.objective, self.augment = objective, augment
         self.processor, self.samples, self.directory = processor, samples, Path(directory)
         self.reference = None
-        if objective.kl_coef and not isinstance(policy.hf, PeftModel):
+        self.knobs = objective.knobs(rollout.max_tokens)
+        if objective.needs_reference and not isinstance(policy.hf, PeftModel):
             self.reference = copy.deepcopy(policy).requires_grad_(False).eval().to(self.accelerator.device)
         trained = [p for p in policy.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=train.learning_rate, betas=(train.beta1, train.beta2),
@@ -100,7 +103,7 @@ class Trainer:
         self.model, self.optimizer = self.accelerator.prepare(policy, optimizer)
         self.policy = self.accelerator.unwrap_model(self.model)
         self.buffer = ReplayBuffer(augment.window, min_samples=augment.min_samples)
-        self.next_step, self.responses, self.bad_clips, self.seen = 0, 0, {}, set()
+        self.next_step, self.responses, self._sampled, self.bad_clips, self.seen = 0, 0, 0, {}, set()
         self.visuals = lru_cache(clip_cache)(lambda i: load_visuals(
             samples[i], processor, max_frames=prompt.max_frames, fps=prompt.fps, max_pixels=prompt.max_pixels))
 
@@ -142,10 +145,11 @@ class Trainer:
     def sample(self, samples: Sequence[Sample], prompts: Sequence[Prompt], purpose: str, features=None) -> list[Rollout]:
         "Scored groups, one for each prompt; the random stream is named by purpose and sample."
         keys = [(self.train.seed, purpose, sample.id) for sample in samples]
-        groups = rollout_groups(self.policy, self.processor, samples, prompts, keys,
-                                group_size=self.rollout.group_size, max_tokens=self.rollout.max_tokens,
-                                temperature=self.rollout.temperature, visual_features=self._known(prompts, features),
-                                batch_rows=self.rollout.batch_rows)
+        with self._as_reference() if self.objective.name in SAMPLED_FROM_REFERENCE else nullcontext(self.policy) as policy:
+            groups = rollout_groups(policy, self.processor, samples, prompts, keys,
+                                    group_size=self.rollout.group_size, max_tokens=self.rollout.max_tokens,
+                                    temperature=self.rollout.temperature, visual_features=self._known(prompts, features),
+                                    batch_rows=self.rollout.batch_rows)
         self._sampled += len(groups) * self.rollout.group_size
         return [score(group) for group in groups]
 
@@ -192,14 +196,15 @@ class Trainer:
         rows = sorted(gather_object(rows), key=lambda row: row[0])
         return torch.tensor([rewards for _, rewards in rows]) if rows else None
 
-    def _reference_logps(self, batch) -> Tensor | None:
-        if not self.objective.kl_coef:
-            return None
-        with torch.no_grad():
-            if self.reference is not None:
-                return self.reference(batch)
-            with self.policy.hf.disable_adapter():
-                return self.model(batch)
+    @contextmanager
+    def _as_reference(self):
+        "The policy that the run began with: the frozen copy, or the model without its adapters."
+        with nullcontext() if self.reference is not None else self.policy.hf.disable_adapter():
+            yield self.policy if self.reference is None else self.reference
+
+    def _reference_logps(self, batch) -> Tensor:
+        with torch.no_grad(), self._as_reference() as reference:
+            return (self.model if reference is self.policy else reference)(batch)
 
     def _chunks(self, rollouts: Sequence[Rollout]) -> list[tuple[list[Rollout], float]]:
         "Groups for each forward pass with the weight of its loss; as many on every process."
@@ -222,8 +227,8 @@ class Trainer:
         self.model.train()
         chunks = [(rollout_batch(self.policy, c), torch.stack([r.rewards for r in c]).to(self.policy.device), w)
                   for c, w in self._chunks(rollouts)]
-        loss_fn, knobs, old = OBJECTIVES[self.objective.name], self.objective.knobs(), [None] * len(chunks)
-        reference = [self._reference_logps(batch) for batch, _, _ in chunks]
+        loss_fn, old = OBJECTIVES[self.objective.name], [None] * len(chunks)
+        reference = [self._reference_logps(batch) if self.objective.needs_reference else None for batch, _, _ in chunks]
         for update in range(self.train.inner_updates):
             self._set_learning_rate(self.next_step * self.train.inner_updates + update)
             self.optimizer.zero_grad()
@@ -231,7 +236,7 @@ class Trainer:
             for c, (batch, rewards, weight) in enumerate(chunks):
                 logps = self.model(batch)
                 old[c] = logps.detach() if update == 0 else old[c]
-                loss, metrics = loss_fn(logps, old[c], reference[c], batch.completion_mask, rewards, **knobs)
+                loss, metrics = loss_fn(logps, old[c], reference[c], batch.completion_mask, rewards, **self.knobs)
                 self.accelerator.backward(loss * weight)
                 for name, value in metrics.items():
                     totals[name] = totals.get(name, 0.0) + torch.as_tensor(value, device=loss.device).float() * weight

@@ -1,4 +1,5 @@
 """The training loop: resuming, torn checkpoints, NaN, bad clips, seeds, and a batch that teaches nothing."""
+import functools
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from deepvideo_r1 import trainer as trainer_module
 from deepvideo_r1.augment import AugmentConfig
+from deepvideo_r1.baselines import OBJECTIVES
 from deepvideo_r1.checkpoint import Stopped, read_metrics, whole_checkpoints
 from deepvideo_r1.config import ObjectiveConfig, PromptConfig, RolloutConfig, TrainConfig
 from deepvideo_r1.datasets import load_samples
@@ -182,6 +184,35 @@ def test_the_reference_stays_where_the_run_began(make_trainer, trained_model, tm
         assert (now - start).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("lora_rank", [0, 2])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_trains_and_dpo_alone_samples_from_the_reference(make_trainer, tmp_path, name, lora_rank):
+    trainer = make_trainer(tmp_path, objective=ObjectiveConfig(name, kl_coef=0.0), augment=AugmentConfig(), lora_rank=lora_rank)
+    start, samples = weights(trainer), trainer.samples[:3]
+    prompts = [trainer.ask(sample, trainer.visuals(i)) for i, sample in enumerate(samples)]
+    before = trainer.sample(samples, prompts, "same stream")
+    rows = [trainer.step() for _ in range(2)]
+    assert not same(weights(trainer), start) and all(row["grad_norm"] > 0 for row in rows)
+    for parameter in trainer.policy.parameters():
+        parameter.data += 0.3 * parameter.requires_grad  # now the policy is far from where it began, and the reference is not
+    after = trainer.sample(samples, prompts, "same stream")
+    unchanged = all(torch.equal(a.completion_ids, b.completion_ids) for a, b in zip(before, after))
+    assert unchanged == (name == "dpo")
+    assert (trainer.reference is not None) == (name in ("dpo", "online_dpo") and lora_rank == 0)
+
+
+def test_an_objective_has_its_own_kl_weight(make_trainer, tmp_path):
+    def kl_weight(objective):
+        trainer = make_trainer(tmp_path / f"{objective}", objective=objective, augment=AugmentConfig(), inner_updates=1)
+        trainer.step()
+        row = trainer.step()  # the policy has left its reference
+        return (row["loss"] - row["policy_loss" if objective.name == "grpo" else "regression_loss"]) / row["kl"]
+
+    for name, own in (("grpo", 0.04), ("reg_grpo", 1.0)):
+        assert kl_weight(ObjectiveConfig(name)) == pytest.approx(own, rel=0.02)
+        assert kl_weight(ObjectiveConfig(name, kl_coef=0.5)) == pytest.approx(0.5, rel=0.02)
+
+
 def test_the_number_of_groups_in_a_forward_pass_changes_nothing(make_trainer, tmp_path):
     rows = [make_trainer(tmp_path, augment=AugmentConfig(), prompts_per_forward=n).step() for n in (1, 3, 4)]
     for row in figures(rows[1:]):
@@ -213,8 +244,12 @@ def test_a_nan_stops_the_run_and_the_last_checkpoint_stays(make_trainer, tmp_pat
 
 def test_a_nan_loss_is_found_before_the_update(make_trainer, tmp_path, monkeypatch):
     real = trainer_module.OBJECTIVES["reg_grpo"]
-    monkeypatch.setitem(trainer_module.OBJECTIVES, "reg_grpo",
-                        lambda *args, **knobs: (real(*args, **knobs)[0] * float("nan"), {}))
+
+    @functools.wraps(real)
+    def broken(*args, **knobs):
+        return real(*args, **knobs)[0] * float("nan"), {}
+
+    monkeypatch.setitem(trainer_module.OBJECTIVES, "reg_grpo", broken)
     trainer = make_trainer(tmp_path)
     before = weights(trainer)
     with pytest.raises(TrainingError, match="step 0: grad_norm is nan before update 0"):
