@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .advantage import check_rewards, group_advantages, is_vanishing
 
-# %% ../nbs/09_grpo.ipynb #7f28254c
+# %% ../nbs/09_grpo.ipynb #8b3cc082
 def check_objective_inputs(
     logps: Tensor,  # (B, G, T) log pi_theta of response tokens
     old_logps: Tensor,  # (B, G, T) log pi_old
@@ -37,7 +37,7 @@ def check_objective_inputs(
     if kl_coef > 0 and ref_logps is None:
         raise ValueError(f"ref_logps is None with kl_coef={kl_coef}: pass the reference's log-probs, or set kl_coef=0")
 
-# %% ../nbs/09_grpo.ipynb #115d2b7b
+# %% ../nbs/09_grpo.ipynb #b81430c6
 def token_log_ratio(
     logps: Tensor,  # (B, G, T) log-probs of response tokens under one policy
     other_logps: Tensor,  # (B, G, T) under another; no gradient flows into it
@@ -48,7 +48,7 @@ def token_log_ratio(
     wide = torch.promote_types(torch.promote_types(logps.dtype, other_logps.dtype), torch.float32)
     return logps.to(wide).masked_fill(~mask, 0.0) - other_logps.detach().to(wide).masked_fill(~mask, 0.0)
 
-# %% ../nbs/09_grpo.ipynb #2948f14f
+# %% ../nbs/09_grpo.ipynb #5403e5c8
 LENGTH_NORMS = ("response", "token", "constant")
 
 
@@ -71,8 +71,8 @@ def average_tokens(
         return totals.sum() / lengths.sum().clamp(min=1)
     return (totals / (lengths.clamp(min=1) if length_norm == "response" else max_length)).mean()
 
-# %% ../nbs/09_grpo.ipynb #734106e6
-LOG_RATIO_LIMIT = 30.0  # nats; exp(30) is about 1e13, and its square still fits into float32
+# %% ../nbs/09_grpo.ipynb #1bbf9932
+LOG_RATIO_LIMIT = 30.0  # nats; exp(30) is about 1e13, far below the largest float32
 
 
 def bounded_exp(
@@ -82,7 +82,7 @@ def bounded_exp(
     inside = log_ratio.clamp(max=LOG_RATIO_LIMIT)
     return inside.exp() * (1 + (log_ratio - inside))
 
-# %% ../nbs/09_grpo.ipynb #e0fdcc30
+# %% ../nbs/09_grpo.ipynb #ae521bf1
 def kl_k3(
     logps: Tensor,  # (B, G, T), or any shape: log pi_theta of sampled tokens
     ref_logps: Tensor,  # same shape: log pi_ref; no gradient flows into it
@@ -90,11 +90,11 @@ def kl_k3(
 ) -> Tensor:
     "Per-token estimate of KL(pi_theta, pi_ref) in nats, >= 0, 0 on padding; linear for d > `LOG_RATIO_LIMIT` (Eq. 2)."
     mask = torch.ones_like(logps) if completion_mask is None else completion_mask
-    log_ratio = -token_log_ratio(logps, ref_logps, mask)
-    inside = log_ratio.clamp(max=LOG_RATIO_LIMIT)
-    return torch.expm1(inside) * (1 + (log_ratio - inside)) - inside
+    d = -token_log_ratio(logps, ref_logps, mask)
+    inside = d.clamp(max=LOG_RATIO_LIMIT)
+    return torch.expm1(inside) * (1 + (d - inside)) - inside
 
-# %% ../nbs/09_grpo.ipynb #259e4a4a
+# %% ../nbs/09_grpo.ipynb #9d499f07
 @torch.no_grad()
 def policy_metrics(
     ratio: Tensor,  # (B, G, T) pi_theta / pi_old of each token
@@ -114,7 +114,7 @@ def policy_metrics(
         vanishing_ratio=is_vanishing(rewards).to(ratio.dtype).mean(),
     )
 
-# %% ../nbs/09_grpo.ipynb #be07d0e5
+# %% ../nbs/09_grpo.ipynb #7cc0d1d5
 def grpo_loss(
     logps: Tensor,  # (B, G, T) log pi_theta of response tokens
     old_logps: Tensor,  # (B, G, T) log pi_old, the policy that sampled them

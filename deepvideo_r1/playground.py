@@ -6,7 +6,7 @@
 __all__ = ['FIXED', 'GRID', 'toy_question', 'picture_url', 'seen_frames', 'mask_order', 'place_hint', 'infer_accuracy',
            'vanishing_share', 'strengths', 'draw_strip', 'draw_schedule', 'AugmentExplorer']
 
-# %% ../nbs/13c_playground.ipynb #6598a6be
+# %% ../nbs/13c_playground.ipynb #f932bd86
 import base64
 import io
 from dataclasses import asdict, replace
@@ -20,9 +20,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from .augment import AugmentConfig, add_noise, make_hint, mask_frames, plan_augmentation
+from .augment import AugmentConfig, add_noise, mask_frames, plan_augmentation
 from .core import make_generator
 from .explorers import Explorer, read_module
+from .hints import make_hint
 from .prompt import HINT_SLOT
 from .video import read_video
 from .world import ENVIRONMENTS, QUESTIONS, draw_story, reasoning, render
@@ -47,7 +48,7 @@ def picture_url(
     Image.fromarray(frame.permute(1, 2, 0).numpy()).save(file, kind, quality=85)
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
-# %% ../nbs/13c_playground.ipynb #90a56e20
+# %% ../nbs/13c_playground.ipynb #1c098a9e
 def seen_frames(
     frames: Tensor,  # (T, 3, H, W) uint8
     sigma: float,  # of the noise, on the [0, 1] scale
@@ -55,7 +56,7 @@ def seen_frames(
 ) -> Tensor:  # (T, 3, H, W) uint8
     "The frames with noise, then with a mask; equal arguments give equal frames."
     noisy = add_noise(frames, sigma, generator=make_generator("playground", "noise"))
-    return mask_frames(noisy, masked_share, generator=make_generator("playground", "mask"))
+    return mask_frames(noisy, masked_share, generator=make_generator("playground", "mask")) if len(noisy) > 1 else noisy
 
 
 def mask_order(

@@ -12,7 +12,7 @@ from torch import Tensor
 from .advantage import group_advantages, is_vanishing
 from .grpo import average_tokens, bounded_exp, check_objective_inputs, kl_k3, policy_metrics, token_log_ratio
 
-# %% ../nbs/10_reg_grpo.ipynb #f1d9432e
+# %% ../nbs/10_reg_grpo.ipynb #2f44dbc3
 def predicted_advantages(
     log_ratio: Tensor,  # (B, G) log pi_theta / pi_old of whole responses, in nats
     *,
@@ -29,7 +29,7 @@ def predicted_advantages(
     variance = centred.pow(2).sum(-1, keepdim=True) / (log_ratio.shape[1] - ddof)
     return centred / (variance + sigma_floor**2).sqrt()
 
-# %% ../nbs/10_reg_grpo.ipynb #9f0d743d
+# %% ../nbs/10_reg_grpo.ipynb #4f165943
 @torch.no_grad()
 def regression_metrics(
     log_ratio: Tensor,  # (B, G) log pi_theta / pi_old of whole responses
@@ -44,7 +44,7 @@ def regression_metrics(
         advantage_corr=corr.mean(),
     )
 
-# %% ../nbs/10_reg_grpo.ipynb #78d29e14
+# %% ../nbs/10_reg_grpo.ipynb #4bdfd62c
 def reg_grpo_loss(
     logps: Tensor,  # (B, G, T) log pi_theta of response tokens
     old_logps: Tensor,  # (B, G, T) log pi_old, the policy that sampled them

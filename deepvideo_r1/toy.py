@@ -6,7 +6,7 @@
 __all__ = ['VARIANTS', 'ARMS', 'DEFAULT_ARMS', 'ColdStartConfig', 'ToyConfig', 'arm_config', 'config_hash', 'SftExamples',
            'load_examples', 'vision_loss', 'sft_loss', 'cosine_rate', 'cold_start', 'tercile_names', 'knob_curve']
 
-# %% ../nbs/16_toy.ipynb #b7148128
+# %% ../nbs/16_toy.ipynb #4742e3bb
 import hashlib
 import json
 import math
@@ -20,13 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .augment import AugmentConfig, add_noise, make_hint
+from .augment import AugmentConfig, add_noise
 from .baselines import OBJECTIVES
 from .checkpoint import Stopped, publish_checkpoint, stop_flag, whole_checkpoints, write_whole
 from .config import ObjectiveConfig, PromptConfig, RolloutConfig, TrainConfig
 from .core import Prompt, Sample, make_generator
 from .datasets import load_samples
 from .experiment import RunConfig, mean_interval
+from .hints import make_hint
 from .policy import PolicyModel, load_policy, make_batch, make_tiny_checkpoint, save_policy
 from .prompt import Processor, build_prompt, load_processor, load_visuals
 from .rollout import rollout_groups

@@ -62,7 +62,7 @@ def score(
     named = {name: torch.tensor([p[name] for p in parts]) for name in parts[0]}
     return replace(rollout, rewards=torch.tensor(totals), reward_parts=named)
 
-# %% ../nbs/14_trainer.ipynb #f20c3647
+# %% ../nbs/14_trainer.ipynb #15d6afeb
 class TrainingError(RuntimeError):
     "The run cannot go on; the message names the cause and the step."
 
@@ -259,7 +259,7 @@ class Trainer:
         "What the groups of all processes looked like, before and after the augmentation."
         mine = {"groups": len(first), "responses": self._sampled, "reward_mean": 0.0, "reward_trained": 0.0,
                 "vanishing_original": 0.0, "vanishing_trained": 0.0, "difficulty_abs": 0.0, "completion_length": 0.0,
-                **{f"{kind}_groups": 0.0 for kind in ("noise", "mask", "hint", "redraw")}, "noise_sigma": 0.0,
+                **{f"{kind}_groups": 0.0 for kind in ("noise", "mask", "hint", "redraw", "no_trace")}, "noise_sigma": 0.0,
                 "hint_fraction": 0.0}
         mine |= {f"reward_{part}": 0.0 for part in ("format", "accuracy", "iou")}
         for before, after in zip(first, trained):  # groups that are kept as well stand at the end and are left out here

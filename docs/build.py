@@ -22,6 +22,7 @@ NBS = ROOT / "nbs"
 CALLOUT = re.compile(r"^:::+ *\{\.callout-(\w+)[^}]*\}\s*?\n+(?:#+ +(.+?) *\n)?(.*?)^:::+ *$", re.M | re.S)
 # The target of [text](target); code and formulas are matched first, so that links are not seen inside them.
 LINK = re.compile(r"(?P<literal>^```.*?^```|`[^`\n]+`|\$\$.*?\$\$|\$[^$\n]+\$)|(?<=\]\()[^)\s]+", re.M | re.S)
+NOTEBOOK = re.compile(r"(?<!\[)`(\d\d[a-z]?_\w+)`")  # a notebook's name in backticks
 EXPORT = re.compile(r"^#\| *exporti?\b", re.M)
 TAGS = {"echo: false": "remove-input", "code-fold: true": "hide-input", "output: false": "remove-output"}
 
@@ -75,7 +76,8 @@ def read_page(path: Path, nb=None) -> tuple[str, str, list[dict]]:
 
 def _cell(cell, states) -> dict:
     if cell.cell_type == "markdown":
-        return dict(kind="markdown", source=NbdevLookup().linkify(cell.source))
+        named = lambda match: f"[{match[0]}]({match[1]}.ipynb)" if (NBS / f"{match[1]}.ipynb").exists() else match[0]
+        return dict(kind="markdown", source=NbdevLookup().linkify(NOTEBOOK.sub(named, cell.source)))
     options = {f"{key} {' '.join(values)}".lower() for key, values in cell.directives_.items()}
     if re.match("show_doc", cell.source.splitlines()[-1]):
         options.add("echo: false")
@@ -141,7 +143,8 @@ def contents() -> str:
     groups: dict[str, list[str]] = {}
     for path in notebooks()[1:]:
         folder = path.parent.relative_to(NBS).as_posix()
-        groups.setdefault("Library" if folder == "." else folder.capitalize(), []).append(page_name(path))
+        groups.setdefault("Library" if folder == "." else folder.capitalize(), []).append(
+            f"{path.stem} <{page_name(path)}>")
     trees = (f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(pages) + "\n```"
              for caption, pages in groups.items())
     return "\n\n".join(trees)

@@ -1,6 +1,5 @@
 """Noise, masks and hints as properties, and the order in which augmentation asks and samples."""
 import math
-import re
 from dataclasses import replace
 
 import pytest
@@ -8,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepvideo_r1.augment import AugmentConfig, add_noise, augment_groups, make_hint, mask_frames, plan_augmentation
+from deepvideo_r1.augment import AugmentConfig, add_noise, augment_groups, mask_frames, plan_augmentation
 from deepvideo_r1.core import Clip, Prompt, Rollout, Sample, make_generator
 
 clips = st.builds(
     lambda t, h, w, seed: torch.randint(0, 256, (t, 3, h, w), generator=make_generator(seed), dtype=torch.uint8),
-    st.integers(1, 9), st.integers(1, 20), st.integers(1, 20), st.integers(0, 99))
+    st.integers(2, 9), st.integers(1, 20), st.integers(1, 20), st.integers(0, 99))
 shares = st.floats(0, 1)
 
 
@@ -56,36 +55,12 @@ def test_masked_frames_are_grey_and_others_untouched(frames, fraction, seed):
     assert torch.equal(masked[~is_grey], frames[~is_grey])
 
 
-# --- hints --------------------------------------------------------------------------------------------------------
-
-line = st.from_regex(r"[a-z0-9]([a-z0-9 ,<=]{0,12}[a-z0-9])?", fullmatch=True)
-
-
-@settings(max_examples=200, deadline=None)
-@given(lines=st.lists(line, min_size=2, max_size=8), fraction=shares, gap=st.sampled_from(["\n", "\n\n"]))
-def test_a_hint_is_whole_lines_without_the_last(lines, fraction, gap):
-    hint = make_hint(f"\n{gap.join(lines)}\n", fraction)
-    assert hint == gap.join(lines[: min(round(fraction * len(lines)), len(lines) - 1)])
-
-
-@settings(max_examples=200, deadline=None)
-@given(fraction=shares, words=st.lists(
-    st.sampled_from(["he", "cuts.", "the", "onion", "Now", "it", "burns!", "why?"]), min_size=1, max_size=12))
-def test_a_hint_from_one_line_leaves_its_end_away(words, fraction):
-    trace = " ".join(words)
-    hint = make_hint(trace, fraction)
-    steps = re.split(r"(?<=[.!?]) ", trace)
-    steps = steps if len(steps) > 1 else words
-    assert trace.startswith(hint) and len(hint) < len(trace)
-    assert hint == " ".join(steps[: min(round(fraction * len(steps)), len(steps) - 1)])
-    assert make_hint(trace, 0.0) == ""
-
-
-@settings(max_examples=60, deadline=None)
-@given(before=line, after=line, tag=st.sampled_from(["<think>", "</think>", "<answer>", "</answer>"]), fraction=shares)
-def test_a_trace_with_tags_gives_no_hint(before, after, tag, fraction):
-    with pytest.raises(ValueError, match="without tags"):
-        make_hint(f"{before}\n{tag}\n{after}", fraction)
+def test_a_single_frame_cannot_be_masked():
+    frame = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="at least 2 frames, got 1"):
+        mask_frames(frame, 0.5, generator=make_generator(0))
+    assert torch.equal(mask_frames(frame, 0.0, generator=make_generator(0)), frame)
+    assert add_noise(frame, 0.5, generator=make_generator(0)).any()
 
 
 # --- the plan and its order ---------------------------------------------------------------------------------------
@@ -189,7 +164,36 @@ def test_without_a_right_trace_the_question_stays():
 
     caller = Puzzled()
     new = augment_groups([HARD], [VISUALS], caller.ask, caller.sample, SAMPLED, key=(0,))
-    assert new == [HARD] and caller.calls == [("ask", "hard", "show_answer"), ("sample", "trace", True)]
+    assert caller.calls == [("ask", "hard", "show_answer"), ("sample", "trace", True)]
+    assert new == [replace(HARD, augmentation={"kind": "no_trace"})] and not HARD.augmentation
+
+
+def test_a_hint_never_gives_the_answer_away_on_its_way_into_the_prompt():
+    told = replace(HARD, sample=replace(HARD.sample, meta={"trace": "I count.\nSo the answer is 3.\nDone.\nYes."}))
+    new, calls = augment([told], replace(SAMPLED, hint_source="stored", hint_as="prefix"))
+    assert new[0].prompt.prefix == "<think>\nI count." and ("sample", "augmented", True) in calls
+
+
+def test_a_stored_trace_may_stand_in_its_tags():
+    tagged = replace(HARD, sample=replace(HARD.sample, meta={"trace": RIGHT}))
+    new, _ = augment([tagged], replace(SAMPLED, hint_source="stored", hint_as="prefix"))
+    assert new[0].prompt.prefix == "<think>\nt1 red 0\nt2 green 2\nt3 blue 3"
+
+
+def test_an_image_is_not_masked_and_a_video_beside_it_is():
+    seen = []
+
+    def ask(sample, visuals, **how):
+        seen.append([clip.frames.clone() for _, clip in visuals])
+        return Prompt(torch.tensor([1, 2]))
+
+    image = ("image", Clip(torch.full((1, 3, 28, 28), 100, dtype=torch.uint8), torch.zeros(1)))
+    config = replace(SAMPLED, harder="mask")
+    for visuals, kind in (([image], None), ([image, *VISUALS], "mask")):
+        seen.clear()
+        new = augment_groups([EASY], [visuals], ask, Caller().sample, config, key=(0,))
+        assert new[0].augmentation.get("kind") == kind
+    assert (seen[0][0] == 100).all() and (seen[0][1] == 128).any()
 
 
 def test_noise_belongs_to_the_question_and_the_step():

@@ -1,0 +1,108 @@
+"""Hints: whole lines or sentences, never the last, and never one that gives the answer away, however it is told."""
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deepvideo_r1.core import Sample
+from deepvideo_r1.hints import gives_away, make_hint
+
+shares = st.floats(0, 1)
+
+line = st.from_regex(r"[a-z0-9]([a-z0-9 ,<=]{0,12}[a-z0-9])?", fullmatch=True)
+
+
+@settings(max_examples=200, deadline=None)
+@given(lines=st.lists(line, min_size=2, max_size=8), fraction=shares, gap=st.sampled_from(["\n", "\n\n"]))
+def test_a_hint_is_whole_lines_without_the_last(lines, fraction, gap):
+    hint = make_hint(f"\n{gap.join(lines)}\n", fraction)
+    assert hint == gap.join(lines[: min(round(fraction * len(lines)), len(lines) - 1)])
+
+
+@settings(max_examples=200, deadline=None)
+@given(fraction=shares, words=st.lists(
+    st.sampled_from(["he", "cuts.", "the", "onion", "Now", "it", "burns!", "why?"]), min_size=1, max_size=12))
+def test_a_hint_from_one_line_leaves_its_end_away(words, fraction):
+    trace = " ".join(words)
+    hint = make_hint(trace, fraction)
+    steps = re.split(r"(?<=[.!?]) ", trace)
+    steps = steps if len(steps) > 1 else words
+    assert trace.startswith(hint) and len(hint) < len(trace)
+    assert hint == " ".join(steps[: min(round(fraction * len(steps)), len(steps) - 1)])
+    assert make_hint(trace, 0.0) == ""
+
+
+@settings(max_examples=60, deadline=None)
+@given(before=line, after=line, tag=st.sampled_from(["<think>", "</think>", "<answer>", "</answer>"]), fraction=shares)
+def test_a_trace_with_tags_gives_no_hint(before, after, tag, fraction):
+    with pytest.raises(ValueError, match="without tags"):
+        make_hint(f"{before}\n{tag}\n{after}", fraction)
+
+
+# --- leaks --------------------------------------------------------------------------------------------------------
+
+OPTIONS = ("a red cup", "the blue box", "on the table", "a green ball")
+KEPT = ("The hand comes from the left.", "Something is lifted.", "A man looks away.", "I watch the shelf.", "He waits, and then moves.",
+        "It takes 2 seconds.", "The lid stays shut.", "Plan 9-B is on the poster.", "Cups are not boxes.")
+
+
+def ways_to_tell(letter: str, option: str) -> list[str]:
+    "Sentences that tell the answer; the letter stands alone, in brackets, with a label, or the option is written out."
+    return [f"So it is ({letter}).", f"({letter.lower()}) fits.", f"The answer is {letter}.", f"option {letter.lower()} is what we see",
+            f"{letter}. That is it.", f"Answer: {letter}", f"It must be {letter}!", f"I choose **{letter}**.", f"We see {option}.",
+            f"It is {option.upper()}, clearly.", f"{option.capitalize()} is what he holds.", f"[{letter}] then", f"{letter}) is right"]
+
+
+choices = st.sampled_from([(letter, option) for letter, option in zip("ABCD", OPTIONS)])
+
+
+@settings(max_examples=400, deadline=None)
+@given(data=st.data(), choice=choices, before=st.lists(st.sampled_from(KEPT), max_size=4), fraction=shares,
+       after=st.lists(st.sampled_from(KEPT), min_size=1, max_size=4), gap=st.sampled_from(["\n", " "]))
+def test_nothing_from_the_answer_on_is_shown(data, choice, before, after, gap, fraction):
+    letter, option = choice
+    telling = data.draw(st.sampled_from(ways_to_tell(letter, option)))
+    sample = Sample("q", question="What is it?", options=OPTIONS, answer=letter, kind="choice")
+    hint = make_hint(gap.join([*before, telling, *after]), fraction, sample)
+    assert (gap.join(before) + gap).startswith(hint + gap) or hint == ""
+    assert telling not in hint and option not in hint.casefold()
+
+
+@settings(max_examples=200, deadline=None)
+@given(choice=choices, kept=st.lists(st.sampled_from(KEPT), min_size=2, max_size=6), fraction=shares)
+def test_what_tells_nothing_is_shown(choice, kept, fraction):
+    sample = Sample("q", question="What is it?", options=OPTIONS, answer=choice[0], kind="choice")
+    assert make_hint("\n".join(kept), fraction, sample) == make_hint("\n".join(kept), fraction)
+
+
+@pytest.mark.parametrize("kind, truth, told, kept", [
+    ("number", "12", ["So there are 12 of them.", "the answer: 12", "In total 12.0", "Thus 12"],
+     ["t3 red 12", "the 12th second", "so there are 112 of them", "the answer is 1.2"]),
+    ("number", "1000", ["so 1,000 in all"], ["so 1,000,000 in all"]),
+    ("text", "STOP", ["the sign says stop", "\"STOP\" is written there"], ["he stopped", "unstoppable"]),
+    ("text", "a cat", ["I see A cat"], ["I see a category"]),
+])
+def test_numbers_and_words(kind, truth, told, kept):
+    sample = Sample("q", question="?", answer=truth, kind=kind)
+    assert [gives_away(text, sample) for text in told] == [True] * len(told)
+    assert [gives_away(text, sample) for text in kept] == [False] * len(kept)
+
+
+@pytest.mark.parametrize("text, told", [
+    ("from 3.5 to 8 s", True), ("it starts at 3.5", False), ("it ends at 8", False), ("3.50 and 8.0", True), ("[12, 20]", True), ("13.5-18", False)])
+def test_intervals(text, told):
+    assert gives_away(text, Sample("g", question="when?", spans=((3.5, 8.0), (12.0, 20.0)), kind="grounding")) == told
+
+
+def test_an_interval_in_a_choice_question_is_no_answer():
+    sample = Sample("q", question="?", options=("x-ray", "yes"), answer="B", kind="choice", spans=((1.0, 2.0),))
+    assert not gives_away("from 1 to 2", sample) and gives_away("yes", sample)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(max_size=60), kind=st.sampled_from(["choice", "number", "text", "grounding"]))
+def test_any_text_can_be_judged(text, kind):
+    sample = Sample("q", question="?", options=("a+b (c", "[d") if kind == "choice" else (), kind=kind,
+                    answer={"choice": "A", "number": "7", "text": "x*y"}.get(kind, ""), spans=((1.0, 2.0),) if kind == "grounding" else ())
+    assert gives_away(text, sample) in (True, False)
