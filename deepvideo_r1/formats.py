@@ -89,11 +89,12 @@ def seed_bench_r1(
         images=(str(root / "images" / source / read_field(row, "current_observation_basename")),),
         meta=level | keep_fields(row, SEED_META))
 
-# %% ../nbs/02c_formats.ipynb #950bdd80
+# %% ../nbs/02c_formats.ipynb #183665b9
 VIDEO_R1_TYPES: dict[str, tuple[str, dict[str, Any]]] = {  # problem_type -> kind, and what the judge has to know
     "multiple choice": ("choice", {}), "numerical": ("number", {"decimals": 2}), "OCR": ("text", {"judge": "ocr"}),
     "free-form": ("text", {"judge": "free_form"}), "regression": ("number", {"judge": "regression"})}
-VIDEO_R1_META = ("problem_type", "data_type", "data_source", "original_question_type")
+VIDEO_R1_META = ("problem_type", "data_type", "data_source", "original_question_type", "question_type", "task_type",
+                 "domain", "duration")  # the last four where a copy of the file has them
 
 
 def video_r1(

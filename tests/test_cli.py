@@ -17,7 +17,7 @@ from deepvideo_r1.checkpoint import read_metrics, whole_checkpoints
 
 SCRIPT = Path(sys.executable).with_name("deepvideo-r1")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
-COMMANDS = ("toy", "world", "train", "evaluate", "ask")
+COMMANDS = ("toy", "world", "train", "evaluate", "ask", "data check")
 
 
 @dataclass
@@ -108,7 +108,7 @@ def test_the_installed_script(tmp_path):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help(cli, command):
-    done = cli.run(command, "--help")
+    done = cli.run(*command.split(), "--help")
     assert done.code == 0 and done.stderr == ""
     assert f"usage: deepvideo-r1 {command}" in done.stdout and "tyro" not in done.stdout.lower()
 
@@ -323,8 +323,8 @@ ROWS = {  # what is done to the rows -> what the line must say besides the file
 @pytest.mark.parametrize("case", ROWS)
 def test_a_questions_file_that_cannot_be_used(cli, trained_model, questions, tmp_path, case):
     path, out = questions(ROWS[case][0]), tmp_path / "out"
-    for command in ("train", "evaluate"):
-        check_one_line(cli.run(command, "--model", trained_model, "--data", path, "--out", out), path, *ROWS[case][1])
+    for command, *more in (["train"], ["evaluate", "--strict"]):
+        check_one_line(cli.run(command, "--model", trained_model, "--data", path, "--out", out, *more), path, *ROWS[case][1])
         assert not out.exists()
 
 
