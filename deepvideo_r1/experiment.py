@@ -27,7 +27,7 @@ from .policy import load_policy, save_policy
 from .prompt import load_processor
 from .trainer import Trainer, fit
 
-# %% ../nbs/15_experiment.ipynb #7fd901ea
+# %% ../nbs/15_experiment.ipynb #1700448d
 @dataclass(frozen=True)
 class PolicyConfig:
     "How the checkpoint is loaded."
@@ -47,8 +47,11 @@ class PolicyConfig:
 class RunConfig:
     "Everything that decides what a training run does."
     model: str  # checkpoint directory or hub id of a Qwen2-VL or Qwen2.5-VL
-    data: str  # JSONL file of questions
+    data: str  # JSONL file of questions, or what `format` says
     out: str = "runs/train"  # run directory
+    format: str = "jsonl"  # of the data: "jsonl", "seed_bench_r1", "video_r1", "longvideobench", "nextgqa" or "videochat_r1_gqa"
+    split: str | None = None  # of the data, where the format has several
+    root: str | None = None  # folder that the paths of videos start from; the data's own when None
     policy: PolicyConfig = field(default_factory=PolicyConfig)  # how the checkpoint is loaded
     prompt: PromptConfig = field(default_factory=PromptConfig)  # how a question is shown
     rollout: RolloutConfig = field(default_factory=RolloutConfig)  # how responses are sampled
@@ -142,7 +145,7 @@ def _flatten(value: Any, name: str = ""):
     else:
         yield name, value
 
-# %% ../nbs/15_experiment.ipynb #2416f65b
+# %% ../nbs/15_experiment.ipynb #1c506353
 def disk_error(
     error: OSError,  # raised while writing
     directory: str | Path,  # where
@@ -160,7 +163,7 @@ def build_trainer(
     accelerator: Accelerator | None = None,  # the default device when None
 ) -> Trainer:
     "Reads data, processor and checkpoint, and makes the trainer; raises `ValueError` for what does not fit."
-    samples = load_samples(config.data)
+    samples = load_samples(config.data, format=config.format, split=config.split, root=config.root)
     processor = load_processor(config.model)
     policy = load_policy(config.model, temperature=config.rollout.temperature, seed=config.train.seed, **asdict(config.policy))
     return Trainer(policy, processor, samples, config.out, train=config.train, prompt=config.prompt,

@@ -660,3 +660,20 @@ def test_data_check_of_the_real_annotations(shared_dir, tmp_path, capsys):
     assert code == 0 and "rows: 3358 good, 0 left out" in stdout and "3358 questions with 5" in stdout
     report = json.loads((tmp_path / "check.json").read_text())
     assert report["files"] == 567 and len(report["bad"]) == report["opened"] == 6  # three videos have no question; the files are not there
+
+
+@pytest.mark.parametrize("name, format", [("seed_bench_r1", "seed_bench_r1"), ("nextgqa", "nextgqa"), ("mvbench", "video_r1")])
+def test_a_policy_trains_on_public_formats(trained_model, tiny_world, tmp_path, capsys, name, format):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    fixture_files(name, folder, next((tiny_world / "videos").glob("*.mp4")))
+    data, flags = {"seed_bench_r1": (folder, ("--split", "L1")), "nextgqa": (folder, ("--split", "val", "--root", folder / "media")),
+                   "mvbench": (folder / "eval_mvbench.json", ())}[name]
+    code, stdout, stderr = run(capsys, "train", "--model", trained_model, "--data", data, "--format", format, *flags, "--out", tmp_path / "out",
+                               "--steps", 1, "--train.prompts-per-step", 2, "--rollout.group-size", 2, "--rollout.max-tokens", 6,
+                               "--prompt.max-frames", 4, "--prompt.max-pixels", 3136)
+    assert code == 0, stderr
+    row, = read_metrics(tmp_path / "out/metrics.jsonl")
+    assert row["groups"] == 2 and row["bad_clips"] == 0 and (tmp_path / "out/model/model.safetensors").exists()
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["format"] == format
