@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt
 OLDEST := $(shell sed -n 's/^min_python *= *//p' settings.ini)
 
-.PHONY: help setup dev toy test test-all lab docs readme clean
+.PHONY: help setup dev toy test test-all bench lab docs readme clean
 
 help: ## list the targets (the default)
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -24,6 +24,11 @@ test: .venv/.dev ## run the tests, every notebook among them
 
 test-all: .venv/.dev ## run the slow tests too, and those for a GPU where there is one
 	$(BIN)/python -m pytest -m "" $(ARGS)
+
+bench: .venv/.run ## measure speed and memory against peers, half an hour (against TRL where it is installed)
+	@for name in repeated_vs_packed rollout_vs_generate growth augmentation_cost; do $(BIN)/python benchmarks/$$name.py $(ARGS) || exit 1; done
+	@if $(BIN)/python -c 'import trl' 2>/dev/null; then $(BIN)/python benchmarks/step_vs_trl.py $(ARGS); \
+	  else echo "TRL is not installed, see benchmarks/README.md: step_vs_trl.py was not run"; fi
 
 lab: .venv/.dev ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --ServerApp.root_dir=nbs $(ARGS)

@@ -74,7 +74,7 @@ def make_accelerator() -> Accelerator:
                          "them with torchrun, or with accelerate launch on graphics cards")
     return accelerator
 
-# %% ../nbs/19b_commands.ipynb #be6e24c8
+# %% ../nbs/19b_commands.ipynb #fd0fd9e5
 @dataclass(frozen=True)
 class EvaluateConfig:
     "What is asked, of whom, and how."
@@ -156,7 +156,7 @@ def evaluate_model(config: Annotated[EvaluateConfig, tyro.conf.arg(name="")]) ->
         tell_skipped(skipped, config.data)
         if accelerator.num_processes > 1:
             print(f"{accelerator.num_processes} processes share {len(samples)} questions", file=sys.stderr)
-        open_run(out, config, ignored=("out", "batch_prompts", "strict", "timeout"))
+        open_run(out, config, ignored=("out", "batch_prompts", "strict", "timeout", "prompt.cache_dir", "prompt.cache_gb"))
     with Bars(Console(stderr=True, quiet=not first)) as bars:
         rows = evaluate(policy.to(accelerator.device), processor, samples, prompt=config.prompt,
                         temperature=config.temperature, n_responses=config.n_responses, max_tokens=config.max_tokens,

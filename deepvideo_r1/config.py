@@ -16,7 +16,7 @@ from .baselines import NEEDS_REFERENCE, OBJECTIVES
 from .grpo import LENGTH_NORMS
 from .prompt import TEMPLATES
 
-# %% ../nbs/13a_config.ipynb #4d7ee660
+# %% ../nbs/13a_config.ipynb #1956c600
 @dataclass(frozen=True)
 class PromptConfig:
     "How a question is shown."
@@ -24,12 +24,17 @@ class PromptConfig:
     max_frames: int = 16  # most frames of a video
     fps: float = 2.0  # frames for each second of video
     max_pixels: int = 252 * 252  # most pixels of a frame
+    cache_dir: str | None = None  # folder where decoded clips are kept, shared by runs and processes; None keeps none on disk
+    cache_gb: float = 20.0  # size limit of that folder in 10^9 bytes; the clips used longest ago go first
 
     def __post_init__(self):
         if self.template not in TEMPLATES:
             raise ValueError(f"prompt.template is {self.template!r}, allowed are {', '.join(TEMPLATES)}")
         if self.max_frames < 1 or not self.fps > 0:
             raise ValueError(f"prompt.max_frames must be at least 1 and fps above 0, got {self.max_frames} and {self.fps}")
+        if self.cache_dir == "" or not 0 < self.cache_gb < float("inf"):
+            raise ValueError("prompt.cache_dir must name a folder or be None and cache_gb be above 0 and finite, got "
+                             f"{self.cache_dir!r} and {self.cache_gb}")
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ class RolloutConfig:
     group_size: int = 8  # G, responses to each prompt, at least 2
     max_tokens: int = 256  # longest response
     temperature: float = 1.0  # of sampling, and so of scoring
+    top_k: int = 0  # draw from the k most likely tokens; 0 is off. The loss scores over all tokens
+    top_p: float = 1.0  # draw from the most likely tokens that hold this probability; 1 is off. The loss scores over all tokens
     batch_rows: int = 64  # at most so many responses are written side by side
 
     def __post_init__(self):
@@ -47,6 +54,9 @@ class RolloutConfig:
         if self.max_tokens < 1 or not self.temperature > 0:
             raise ValueError("rollout.max_tokens must be at least 1 and temperature above 0, got "
                              f"{self.max_tokens} and {self.temperature}")
+        if self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError("rollout.top_k must be at least 0 (off) and top_p above 0 and at most 1 (off), got "
+                             f"{self.top_k} and {self.top_p}")
 
 # %% ../nbs/13a_config.ipynb #221b4e58
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@
 __all__ = ['HIDDEN_META', 'parsed_answer', 'parsed_evidence', 'collect_rows', 'evaluate', 'accuracy', 'ious', 'recall_at',
            'summarise', 'paired_gain']
 
-# %% ../nbs/17_evaluate.ipynb #02566d5a
+# %% ../nbs/17_evaluate.ipynb #7f631f7c
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,11 +16,12 @@ from accelerate import Accelerator
 
 from .answers import parse_number, parse_span, parse_spans, read_choice
 from .checkpoint import disk_errors, read_metrics, write_whole
+from .clip_cache import clip_loader
 from .config import PromptConfig
 from .core import Clip, Rollout, Sample
 from .experiment import mean_interval
 from .policy import PolicyModel
-from .prompt import Processor, build_prompt, load_visuals
+from .prompt import Processor, build_prompt
 from .reward import read_block
 from .rollout import rollout_groups
 from .trainer import score
@@ -50,7 +51,7 @@ def parsed_evidence(
     spans = parse_spans(read_block(text, "glue") or "")
     return [list(span) for span in spans] if spans else None
 
-# %% ../nbs/17_evaluate.ipynb #ba4d3522
+# %% ../nbs/17_evaluate.ipynb #f540bc5c
 HIDDEN_META = ("response", "trace", "show_answer")  # long, and about how a question is learnt; not kept in rows
 
 
@@ -70,11 +71,11 @@ def _row(rollout: Rollout, visuals: list[tuple[str, Clip]], temperature: float) 
 
 def _ask(policy, processor, samples, prompt, temperature, n_responses, max_tokens, seed, timeout) -> dict[str, dict]:
     "The rows of some questions that are answered side by side, by id."
-    asked, rows = {}, {}
+    asked, rows, load = {}, {}, clip_loader(prompt.cache_dir, prompt.cache_gb)
     for sample in samples:
         try:
-            visuals = load_visuals(sample, processor, max_frames=prompt.max_frames, fps=prompt.fps,
-                                   max_pixels=prompt.max_pixels, timeout=timeout)
+            visuals = load(sample, processor, max_frames=prompt.max_frames, fps=prompt.fps,
+                           max_pixels=prompt.max_pixels, timeout=timeout)
             asked[sample.id] = sample, visuals, build_prompt(sample, visuals, processor, template=prompt.template)
         except VideoError as error:
             rows[sample.id] = {"id": sample.id, "question": sample.question, "group": sample.meta.get("level", "all"),

@@ -6,8 +6,9 @@
 __all__ = ['PRESETS', 'PolicyConfig', 'RunConfig', 'tiny_cpu', 'small_1gpu', 'paper_3b', 'paper_7b', 'difference', 'open_run',
            'disk_error', 'build_trainer', 'run_training', 'mean_interval']
 
-# %% ../nbs/15_experiment.ipynb #dc34a04a
+# %% ../nbs/15_experiment.ipynb #1e2c624f
 import errno
+import functools
 import json
 import math
 import os
@@ -105,16 +106,18 @@ def difference(
             found[prefix + item.name] = (a, b)
     return found
 
-# %% ../nbs/15_experiment.ipynb #431e5f0c
+# %% ../nbs/15_experiment.ipynb #31210856
 def open_run(
     directory: str | Path,  # of the run; made when missing
     config: Any,  # a config record
     *,
-    ignored: Sequence[str] = ("out", "workers"),  # fields that do not change what a run computes
+    ignored: Sequence[str] = ("out", "workers", "prompt.cache_dir", "prompt.cache_gb"),  # fields that do not change what a run computes
 ) -> bool:  # True when the directory had been begun with the same config
     "Writes `config.json`, or checks that it is the same; raises `ValueError` with the differences."
     directory, wanted = Path(directory), json.loads(json.dumps(asdict(config)))
-    wanted = {name: value for name, value in wanted.items() if name not in ignored}
+    for name in ignored:
+        *parents, last = name.split(".")
+        functools.reduce(lambda inner, parent: inner.get(parent, {}), parents, wanted).pop(last, None)
     path = directory / "config.json"
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file; name a directory")

@@ -102,9 +102,9 @@ def shared_prefix_attention(module: nn.Module, query: Tensor, key: Tensor, value
 
 AttentionInterface.register("shared_prefix", shared_prefix_attention)
 
-# %% ../nbs/04a_packing.ipynb #1b838a1c
+# %% ../nbs/04a_packing.ipynb #345a3603
 class LogpHead(nn.Linear):
-    "An `lm_head` that returns log-probabilities of given targets, a chunk of rows at a time."
+    "An `lm_head` that returns log-probabilities of given targets, and on request entropies, a chunk of rows at a time."
 
     def forward(
         self,
@@ -113,20 +113,31 @@ class LogpHead(nn.Linear):
         *,
         banned: Tensor | None = None,  # ids that are never sampled
         temperature: float = 1.0,  # of the distribution that is scored
-        chunk: int = 2048,  # rows whose logits exist at the same time
-    ) -> Tensor:  # (N,) float32 log-probabilities
+        chunk: int | None = None,  # rows whose logits exist at the same time; None: at most 2048, and at most 2**26 logits
+        entropy: bool = False,  # also return the entropy of each row's distribution
+    ) -> Tensor | tuple[Tensor, Tensor]:  # (N,) float32 log-probabilities; with `entropy` also (N,) entropies in nats
         if targets is None:
             return F.linear(hidden, self.weight, self.bias)
-        parts = []
+        chunk = chunk or max(1, min(2048, 2**26 // self.weight.shape[0]))
+        score, parts = self._logps_and_entropy if entropy else self._logps, []
         for rows, ids in zip(hidden.split(chunk), targets.split(chunk)):
             if rows.requires_grad and len(hidden) > chunk:
-                parts.append(checkpoint(self._logps, rows, ids, banned, temperature, use_reentrant=False))
+                parts.append(checkpoint(score, rows, ids, banned, temperature, use_reentrant=False))
             else:
-                parts.append(self._logps(rows, ids, banned, temperature))
-        return torch.cat(parts)
+                parts.append(score(rows, ids, banned, temperature))
+        return tuple(map(torch.cat, zip(*parts))) if entropy else torch.cat(parts)
+
+    def _scaled_logits(self, hidden: Tensor, banned: Tensor | None, temperature: float) -> Tensor:
+        logits = F.linear(hidden, self.weight, self.bias).float() / temperature
+        return logits if banned is None else logits.index_fill(-1, banned, float("-inf"))
 
     def _logps(self, hidden: Tensor, targets: Tensor, banned: Tensor | None, temperature: float) -> Tensor:
-        logits = F.linear(hidden, self.weight, self.bias).float() / temperature
-        if banned is not None:
-            logits = logits.index_fill(-1, banned, float("-inf"))
+        logits = self._scaled_logits(hidden, banned, temperature)
         return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+
+    def _logps_and_entropy(self, hidden: Tensor, targets: Tensor, banned: Tensor | None,
+                           temperature: float) -> tuple[Tensor, Tensor]:
+        logits = self._scaled_logits(hidden, banned, temperature)
+        logps = logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+        with torch.no_grad():  # last: the recomputation of a chunk in the backward pass stops before it
+            return logps, torch.special.entr(logits.softmax(-1)).sum(-1)

@@ -68,7 +68,7 @@ def make_tiny_checkpoint(
     model.save_pretrained(directory)
     return directory
 
-# %% ../nbs/05_policy.ipynb #2fa2c6c3
+# %% ../nbs/05_policy.ipynb #0fd1d052
 @dataclass(frozen=True)
 class PolicyBatch:
     "B prompts with G responses each, padded: what a forward pass takes."
@@ -93,6 +93,19 @@ def _pad(rows: Sequence[Tensor], *, left: bool) -> Tensor:
     return torch.stack([F.pad(row, (width - row.shape[-1], 0) if left else (0, width - row.shape[-1])) for row in rows])
 
 
+def _check_responses(policy: "PolicyModel", which: int, ids: Tensor, mask: Tensor) -> None:
+    if ids.shape != mask.shape:
+        raise ValueError(f"prompt {which}: completion_ids are {tuple(ids.shape)} and completion_mask is {tuple(mask.shape)}; "
+                         "both must be (G, T)")
+    if empty := (~mask.any(-1)).nonzero().flatten().tolist():
+        raise ValueError(f"prompt {which}: responses {empty} of {len(mask)} are empty; every response has at least one token "
+                         "(its end): leave them out, or sample at least one token")
+    never = torch.cat([policy.banned, policy.banned.new_tensor(policy.pad_ids)]).to(ids.device)
+    if wrong := ids[mask & torch.isin(ids, never)].unique().tolist():
+        raise ValueError(f"prompt {which}: a response holds the ids {wrong}, which stand for videos or images or for no token "
+                         "and are never sampled; keep `policy.banned` out of sampling and out of the texts that are scored")
+
+
 def make_batch(
     policy: "PolicyModel",  # knows the layout of its prompts
     prompts: Sequence[Prompt],  # B of them
@@ -100,18 +113,21 @@ def make_batch(
     completion_mask: Sequence[Tensor] | None = None,  # B tensors (G, T_b)
     visual_features: Sequence[Tensor | None] | None = None,  # B tensors of encoder outputs, to be reused
 ) -> PolicyBatch:
-    "The padded batch; raises `ValueError` when a row is longer than the model's context or a response holds a placeholder."
+    "The padded batch; raises `ValueError` for a row beyond the model's context and for responses that cannot be scored."
     placed = [policy.positions(prompt) for prompt in prompts]
     mask = _pad([torch.ones_like(p.prompt_ids, dtype=torch.bool) for p in prompts], left=True)
     ids = _pad([p.prompt_ids for p in prompts], left=True)
     if completion_ids is None:
         completion_ids = completion_mask = [torch.zeros(1, 0, dtype=torch.long)] * len(prompts)
+    elif len(sizes := {len(c) for c in completion_ids}) > 1:
+        raise ValueError(f"the groups have {sorted(sizes)} responses; a batch takes groups of one size, score others apart")
+    else:
+        for b, (c, real) in enumerate(zip(completion_ids, completion_mask, strict=True)):
+            _check_responses(policy, b, c, real.bool())
     longest = max(p.prompt_ids.numel() + c.shape[-1] for p, c in zip(prompts, completion_ids))
     if longest > policy.context_length:
         raise ValueError(f"prompt and response have {longest} tokens, the model's context is {policy.context_length}; "
                          "use fewer frames, fewer pixels or shorter responses")
-    if any(torch.isin(c, torch.tensor(policy.pad_ids)).any() for c in completion_ids):
-        raise ValueError("a response holds a video or image placeholder; keep these ids out of sampling")
     known = visual_features is not None and all(f is not None or p.patches is None for f, p in zip(visual_features, prompts))
     seen = [p for p in prompts if p.patches is not None]
     features = [f for f in visual_features if f is not None] if known else []
@@ -123,7 +139,7 @@ def make_batch(
         grid_thw=torch.cat([p.grid_thw for p in seen]) if seen else None,
         visual_features=torch.cat(features) if features else None)
 
-# %% ../nbs/05_policy.ipynb #189c3b33
+# %% ../nbs/05_policy.ipynb #59cbbef9
 class PolicyModel(nn.Module):
     "A Qwen-VL model whose forward returns the log-probabilities of G responses to each of B prompts."
 
@@ -144,7 +160,8 @@ class PolicyModel(nn.Module):
         self.merge_size = config.vision_config.spatial_merge_size
         self._no_split_modules = self.base._no_split_modules
         rows = self.base.lm_head.weight.shape[0]
-        self.register_buffer("banned", torch.tensor(sorted(i for i in set(banned_ids) if i < rows)), persistent=False)
+        self.register_buffer("banned", torch.tensor(sorted(i for i in set(banned_ids) if i < rows), dtype=torch.long),
+                             persistent=False)
         self.base.model.visual.requires_grad_(train_vision)
         self.base.lm_head.__class__ = LogpHead
 
@@ -186,8 +203,8 @@ class PolicyModel(nn.Module):
         pads = torch.isin(batch.prompt_ids, torch.tensor(self.pad_ids, device=embeds.device)) & batch.prompt_mask
         return embeds.masked_scatter(pads[..., None], features.to(embeds.dtype))
 
-    def forward(self, batch: PolicyBatch) -> Tensor:
-        "log pi_theta of every response token, (B, G, T) float32, 0 on padding."
+    def forward(self, batch: PolicyBatch, entropy: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        "log pi_theta of every response token, (B, G, T) float32, 0 on padding; with `entropy` also its entropy in nats."
         rows, groups, n_tokens = batch.completion_ids.shape
         width = batch.prompt_ids.shape[1]
         answers = self.get_input_embeddings()(batch.completion_ids.flatten(1))
@@ -200,11 +217,12 @@ class PolicyModel(nn.Module):
             attention_mask={"full_attention": layout}).last_hidden_state
         first = hidden[:, None, width - 1 : width].expand(-1, groups, -1, -1)  # the prompt's end predicts every first token
         before = torch.cat([first, hidden[:, width:].unflatten(1, (groups, n_tokens))[:, :, :-1]], dim=2)
-        logps = self.base.lm_head(before.flatten(0, 2), batch.completion_ids.flatten(), banned=self.banned,
-                                  temperature=self.temperature)
-        return logps.view(rows, groups, n_tokens).masked_fill(~batch.completion_mask, 0.0)
+        found = self.base.lm_head(before.flatten(0, 2), batch.completion_ids.flatten(), banned=self.banned,
+                                  temperature=self.temperature, entropy=entropy)
+        found = [x.view(rows, groups, n_tokens).masked_fill(~batch.completion_mask, 0.0) for x in (found if entropy else [found])]
+        return tuple(found) if entropy else found[0]
 
-# %% ../nbs/05_policy.ipynb #3630e142
+# %% ../nbs/05_policy.ipynb #c4eead56
 FAMILIES = {"qwen2_vl": Qwen2VLForConditionalGeneration, "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration}
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
@@ -215,11 +233,14 @@ def _checked_config(path: str):
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path}: not a model directory or hub id ({str(error).splitlines()[0]})") from error
     if config.model_type not in FAMILIES:
-        raise ValueError(f"{path}: the model is of type {config.model_type!r}, supported are {', '.join(FAMILIES)}")
+        raise ValueError(f"{path}: the model is of type {config.model_type!r}, supported are {', '.join(FAMILIES)}; "
+                         "name a checkpoint of one of these")
     if dropout := getattr(config.text_config, "attention_dropout", 0.0):
-        raise ValueError(f"{path}: attention_dropout is {dropout}, it must be 0 because responses share one prompt")
+        raise ValueError(f"{path}: attention_dropout is {dropout}, it must be 0 because responses share one prompt; "
+                         "set it to 0 in config.json")
     if "sliding_attention" in (getattr(config.text_config, "layer_types", None) or ()):
-        raise ValueError(f"{path}: sliding-window attention is not supported; set use_sliding_window to false")
+        raise ValueError(f"{path}: sliding-window attention is on and would not see the whole prompt; set use_sliding_window "
+                         "to false and every one of layer_types to 'full_attention' in config.json")
     return config
 
 
@@ -237,7 +258,11 @@ def load_policy(
     "The policy of a Qwen2-VL or Qwen2.5-VL checkpoint; raises `ValueError` for anything else."
     path, adapter = str(path_or_hub_id), None
     if (adapter_config := Path(path) / "adapter_config.json").is_file():
-        path, adapter = json.loads(adapter_config.read_text())["base_model_name_or_path"], path
+        settings = json.loads(adapter_config.read_text())
+        if dropout := settings.get("lora_dropout"):
+            raise ValueError(f"{path}: lora_dropout is {dropout}, it must be 0 because responses share one prompt; "
+                             "set it to 0 in adapter_config.json")
+        path, adapter = settings["base_model_name_or_path"], path
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype is {dtype!r}, allowed are 'float32' and 'bfloat16'")
     config = _checked_config(path)
@@ -261,7 +286,7 @@ def load_policy(
     return PolicyModel(hf, pad_ids=tuple(processor.pad_ids.values()), banned_ids=(*processor.banned_ids, *unused),
                        temperature=temperature, train_vision=train_vision)
 
-# %% ../nbs/05_policy.ipynb #822a4f1b
+# %% ../nbs/05_policy.ipynb #d4771263
 def rollout_batch(
     policy: PolicyModel,  # knows its device and layout
     rollouts: Sequence[Rollout],  # B of them, with the same G
@@ -277,15 +302,16 @@ def group_logps(
     rollout: Rollout,  # one prompt, G responses
     *,
     shared_prefix: bool = True,  # False repeats the prompt for every response
-) -> Tensor:  # (G, T) float32
-    "log pi_theta of every token of a group."
-    if shared_prefix:
-        return policy(rollout_batch(policy, [rollout]))[0]
-    alone = [replace(rollout, completion_ids=rollout.completion_ids[g : g + 1],
-                     completion_mask=rollout.completion_mask[g : g + 1]) for g in range(len(rollout.completion_ids))]
-    return policy(rollout_batch(policy, alone))[:, 0]
+    entropy: bool = False,  # also return the entropy of every token's distribution
+) -> Tensor | tuple[Tensor, Tensor]:  # (G, T) float32; with `entropy` also (G, T) float32 nats, without gradient
+    "log pi_theta of every token of a group, 0 on padding; raises `ValueError` for responses that cannot be scored."
+    alone = [rollout] if shared_prefix else [
+        replace(rollout, completion_ids=rollout.completion_ids[g : g + 1], completion_mask=rollout.completion_mask[g : g + 1])
+        for g in range(len(rollout.completion_ids))]
+    found = policy(rollout_batch(policy, alone), entropy=entropy)
+    return tuple(x.flatten(0, 1) for x in found) if entropy else found.flatten(0, 1)
 
-# %% ../nbs/05_policy.ipynb #fbd3e471
+# %% ../nbs/05_policy.ipynb #3f6c6ad4
 def save_policy(
     policy: PolicyModel,  # what to save
     processor: Processor,  # saved beside it

@@ -100,7 +100,7 @@ class ToyConfig:
         if (self.grpo.name, self.reg_grpo.name) != ("grpo", "reg_grpo"):
             raise ValueError("grpo.name and reg_grpo.name are fixed; choose arms with --arms")
 
-# %% ../nbs/16_toy.ipynb #35f4c118
+# %% ../nbs/16_toy.ipynb #3f9552ce
 def arm_config(
     config: ToyConfig,  # of the study
     arm: str,  # a key of `ARMS`
@@ -119,8 +119,9 @@ def arm_config(
 def config_hash(
     *records: object,  # config records
 ) -> str:
-    "A short name for the content of some configs."
-    text = json.dumps([asdict(record) for record in records], sort_keys=True)
+    "A short name for the content of some configs; where decoded clips are kept does not count."
+    contents = [{k: v for k, v in asdict(record).items() if not k.startswith("cache_")} for record in records]
+    text = json.dumps(contents, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
 
 # %% ../nbs/16_toy.ipynb #06163b48

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['step_indices', 'score', 'TrainingError', 'Trainer', 'save_checkpoint', 'load_checkpoint', 'fit']
 
-# %% ../nbs/14_trainer.ipynb #30867157
+# %% ../nbs/14_trainer.ipynb #e60e242d
 import copy
 import json
 import math
@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,11 +27,12 @@ from .advantage import is_vanishing
 from .augment import AugmentConfig, augment_groups
 from .baselines import OBJECTIVES, SAMPLED_FROM_REFERENCE
 from .checkpoint import Stopped, disk_errors, publish_checkpoint, read_metrics, stop_flag, whole_checkpoints, write_whole
+from .clip_cache import clip_loader
 from .config import ObjectiveConfig, PromptConfig, RolloutConfig, TrainConfig
 from .core import Prompt, Rollout, Sample, make_generator
 from .difficulty import ReplayBuffer, absolute_difficulty
 from .policy import PolicyModel, rollout_batch
-from .prompt import Processor, build_prompt, load_visuals
+from .prompt import Processor, build_prompt
 from .reward import total_reward
 from .rollout import rollout_groups
 from .video import VideoError
@@ -62,7 +63,7 @@ def score(
     named = {name: torch.tensor([p[name] for p in parts]) for name in parts[0]}
     return replace(rollout, rewards=torch.tensor(totals), reward_parts=named)
 
-# %% ../nbs/14_trainer.ipynb #15d6afeb
+# %% ../nbs/14_trainer.ipynb #9470fcad
 class TrainingError(RuntimeError):
     "The run cannot go on; the message names the cause and the step."
 
@@ -104,7 +105,8 @@ class Trainer:
         self.policy = self.accelerator.unwrap_model(self.model)
         self.buffer = ReplayBuffer(augment.window, min_samples=augment.min_samples)
         self.next_step, self.responses, self._sampled, self.bad_clips, self.seen = 0, 0, 0, {}, set()
-        self.visuals = lru_cache(clip_cache)(lambda i: load_visuals(
+        load = clip_loader(prompt.cache_dir, prompt.cache_gb)
+        self.visuals = lru_cache(clip_cache)(lambda i: load(
             samples[i], processor, max_frames=prompt.max_frames, fps=prompt.fps, max_pixels=prompt.max_pixels))
 
     # --- one step -------------------------------------------------------------------------------------------------
@@ -146,10 +148,8 @@ class Trainer:
         "Scored groups, one for each prompt; the random stream is named by purpose and sample."
         keys = [(self.train.seed, purpose, sample.id) for sample in samples]
         with self._as_reference() if self.objective.name in SAMPLED_FROM_REFERENCE else nullcontext(self.policy) as policy:
-            groups = rollout_groups(policy, self.processor, samples, prompts, keys,
-                                    group_size=self.rollout.group_size, max_tokens=self.rollout.max_tokens,
-                                    temperature=self.rollout.temperature, visual_features=self._known(prompts, features),
-                                    batch_rows=self.rollout.batch_rows)
+            groups = rollout_groups(policy, self.processor, samples, prompts, keys, **asdict(self.rollout),
+                                    visual_features=self._known(prompts, features))
         self._sampled += len(groups) * self.rollout.group_size
         return [score(group) for group in groups]
 
@@ -280,7 +280,7 @@ class Trainer:
         return {name: value if name in ("groups", "responses") or name.endswith("_groups") else value / max(1, total["groups"])
                 for name, value in total.items()}
 
-# %% ../nbs/14_trainer.ipynb #1e457608
+# %% ../nbs/14_trainer.ipynb #b125f180
 def save_checkpoint(
     trainer: Trainer,  # whose state is saved
 ) -> None:
@@ -321,7 +321,7 @@ def load_checkpoint(
     trainer.bad_clips = {int(k): v for k, v in state["bad_clips"].items()}
     return True
 
-# %% ../nbs/14_trainer.ipynb #4208e522
+# %% ../nbs/14_trainer.ipynb #3fe57207
 def fit(
     trainer: Trainer,  # new, or of a run that was interrupted
     *,

@@ -1,17 +1,20 @@
 """Sampling against transformers' own generation, against the scoring pass, and against the probabilities it claims."""
 import shutil
 from dataclasses import replace
+from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import (LogitsProcessorList, Qwen2_5_VLForConditionalGeneration, SuppressTokensLogitsProcessor,
+                          TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 
 from deepvideo_r1.core import Clip, Sample, make_generator
 from deepvideo_r1.policy import group_logps, load_policy
 from deepvideo_r1.prompt import build_prompt, load_processor
-from deepvideo_r1.rollout import rollout_groups, sample_tokens
+from deepvideo_r1.rollout import rescore, rollout_groups, sample_tokens, sampling_logps
 
 
 def clip(n_frames, height, width, seconds=0.5):
@@ -78,6 +81,41 @@ def test_scoring_gives_the_log_probabilities_of_sampling(tiny_model, temperature
         assert rollout.old_logps[rollout.completion_mask].std() > 0.3
 
 
+CUTS = [{"top_k": 7}, {"top_p": 0.6}, {"top_k": 30, "top_p": 0.8}, {"top_k": 5, "top_p": 0.9, "temperature": 0.6}]
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_rescoring_gives_the_log_probabilities_of_a_cut_distribution(tiny_model, cut):
+    policy = load_policy(tiny_model, temperature=cut.get("temperature", 1.0))
+    for rollout in roll(policy, tiny_model, *VISUALS, group_size=5, max_tokens=12, **cut):
+        mask, old = rollout.completion_mask, rollout.old_logps
+        torch.testing.assert_close(rescore(policy, rollout, **cut), old, atol=1e-4, rtol=0)
+        with torch.no_grad():
+            over_all_tokens = group_logps(policy, rollout)
+        assert (old - over_all_tokens)[mask].min() >= -1e-4 and (old - over_all_tokens)[mask].mean() > 0.1
+        if "top_k" in cut:  # a distribution over k tokens has a likely token
+            assert old[mask].max() >= -torch.tensor(float(cut["top_k"])).log()
+
+
+def test_rescoring_without_a_cut_is_scoring(tiny_model):
+    policy = load_policy(tiny_model, temperature=0.7)
+    for rollout in roll(policy, tiny_model, *VISUALS, group_size=3, max_tokens=9, temperature=0.7):
+        with torch.no_grad():
+            expected = group_logps(policy, rollout)
+        for chunk in (2048, 5):
+            torch.testing.assert_close(rescore(policy, rollout, temperature=0.7, chunk=chunk), expected, atol=1e-5, rtol=0)
+
+
+def test_one_token_to_choose_from_is_the_greedy_one(tiny_model):
+    policy = load_policy(tiny_model)
+    greedy, by_k, by_p = (roll(policy, tiny_model, *VISUALS, group_size=2, max_tokens=8, **how)
+                          for how in ({"temperature": 0, "top_k": 3, "top_p": 0.5}, {"top_k": 1}, {"top_p": 1e-6}))
+    for expected, *others in zip(greedy, by_k, by_p):
+        assert expected.old_logps[expected.completion_mask].max() < 0  # greedy is scored over all tokens
+        for found in others:
+            assert torch.equal(found.completion_ids, expected.completion_ids) and not found.old_logps.any()
+
+
 def test_a_group_does_not_depend_on_its_company(tiny_model):
     policy = load_policy(tiny_model)
     how = dict(group_size=4, max_tokens=10)
@@ -138,6 +176,75 @@ def test_a_banned_id_is_never_drawn(logits, banned, level, temperature):
     assert int(ids) not in banned and torch.isfinite(logps).all() and float(logps) <= 1e-6
 
 
+def by_transformers(logits, *, temperature, top_k, top_p, banned):
+    "What `generate` samples from, as log-probabilities."
+    steps = LogitsProcessorList([SuppressTokensLogitsProcessor(banned)] if banned else [])
+    steps.append(TemperatureLogitsWarper(temperature))
+    if top_k:
+        steps.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        steps.append(TopPLogitsWarper(top_p))
+    return steps(None, logits).log_softmax(-1)
+
+
+@settings(max_examples=300, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.integers(2, 400), levels=st.sampled_from([1, 3, 20, 10**6]), top_k=st.integers(0, 40),
+       top_p=st.one_of(st.sampled_from([1.0, 0.5, 0.25]), st.floats(1e-4, 1)), temperature=st.sampled_from([0.3, 1.0, 2.5]),
+       n_banned=st.integers(0, 5))
+def test_the_cut_is_that_of_transformers(seed, n, levels, top_k, top_p, temperature, n_banned):
+    generator = make_generator(seed)
+    logits = (torch.randn(4, n, generator=generator) * levels).round() / levels * 4  # few levels: many ties
+    banned = torch.randperm(n, generator=generator)[: min(n_banned, n - 1)].sort().values
+    how = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    ours = sampling_logps(logits, banned=banned, **how)
+    theirs = by_transformers(logits, banned=banned.tolist(), **how)
+    # Of equal tokens at the border as many are kept; which ones, its sort leaves open for rows longer than 16.
+    torch.testing.assert_close(ours.sort().values, theirs.sort().values, atol=1e-6, rtol=0)
+    untied = torch.tensor([len(row.unique()) == n for row in logits])
+    with mock.patch("torch.sort", partial(torch.sort, stable=True)):
+        settled = by_transformers(logits, banned=banned.tolist(), **how)
+    for same, rows in ((theirs, untied), (settled, ...)):
+        assert torch.equal(ours[rows] > float("-inf"), same[rows] > float("-inf"))
+        torch.testing.assert_close(ours[rows], same[rows], atol=1e-6, rtol=0)
+    assert (ours > float("-inf")).any(-1).all() and not (ours[:, banned] > float("-inf")).any()
+    torch.testing.assert_close(ours.exp().sum(-1), torch.ones(4), atol=1e-5, rtol=0)
+
+
+def test_the_cut_at_ties_and_borders():
+    def kept(logits, **how):
+        return (sampling_logps(torch.tensor([logits]), **how)[0] > float("-inf")).tolist()
+
+    assert kept([0.0, 1.0, 1.0, 1.0, 2.0], top_k=2) == [False, True, True, True, True]
+    assert kept([0.0, 0.0, 0.0, 0.0], top_p=0.5) == [False, False, True, True]  # exactly half is held by two
+    assert kept([0.0, 0.0, 0.0, 0.0], top_p=0.51) == [False, True, True, True]
+    assert kept([5.0, 5.0], top_p=1e-9) == [False, True] and kept([9.0, 0.0], top_k=100) == [True, True]
+    assert kept([3.0, 2.0, 1.0], top_k=2, banned=torch.tensor([0])) == [False, True, True]
+    # top-k goes first: of the two that it leaves, the likelier holds 0.73, of all four only 0.64
+    assert kept([3.0, 2.0, 1.0, 0.0], top_k=2, top_p=0.7) == [True, False, False, False]
+    assert kept([3.0, 2.0, 1.0, 0.0], top_p=0.7) == [True, True, False, False]
+
+
+@settings(max_examples=200, deadline=None)
+@given(seed=st.integers(0, 10**6), top_k=st.integers(0, 12), top_p=st.floats(1e-3, 1), temperature=st.sampled_from([0.2, 1, 3]),
+       level=st.one_of(st.floats(0, 1, exclude_max=True), st.sampled_from([0.0, 1 - 2**-53])))
+def test_a_draw_comes_from_the_distribution_that_is_reported(seed, top_k, top_p, temperature, level):
+    logits, banned = torch.randn(3, 12, generator=make_generator(seed)) * 3, torch.tensor([2, 7])
+    how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "banned": banned}
+    ids, logps = sample_tokens(logits, torch.full((3,), level, dtype=torch.float64), **how)
+    assert torch.equal(logps, sampling_logps(logits, **how).gather(1, ids[:, None])[:, 0])
+    assert torch.isfinite(logps).all() and not torch.isin(ids, banned).any()
+
+
+def test_without_a_cut_nothing_is_cut():
+    logits, banned = torch.randn(50, 300, generator=make_generator("old")) * 4, torch.tensor([3, 299])
+    uniforms = torch.rand(50, generator=make_generator("draws"), dtype=torch.float64)
+    expected = (logits / 0.8).index_fill(-1, banned, float("-inf")).log_softmax(-1)
+    cumulative = expected.double().exp().cumsum(-1)
+    ids, logps = sample_tokens(logits, uniforms, temperature=0.8, banned=banned)
+    drawn = [int((row <= u * row[-1]).sum()) for row, u in zip(cumulative, uniforms)]
+    assert ids.tolist() == drawn and torch.equal(logps, expected.gather(1, ids[:, None])[:, 0])
+
+
 def test_banned_ids_stay_out_of_responses(tiny_model):
     policy = load_policy(tiny_model)
     banned = policy.banned
@@ -167,23 +274,25 @@ def test_frequencies_are_the_probabilities():
     n, generator = 400_000, make_generator("draws")
     logits = torch.randn(12, generator=generator) * 2
     banned = torch.tensor([0, 5, 11])
-    for temperature in (1.0, 0.5, 2.0):
-        expected = (logits / temperature).index_fill(0, banned, float("-inf")).softmax(0).double()
+    for temperature, top_k, top_p in ((1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 0, 1.0), (2.0, 4, 1.0), (1.0, 0, 0.8), (2.0, 6, 0.9)):
+        expected = by_transformers(logits[None], temperature=temperature, top_k=top_k, top_p=top_p, banned=banned.tolist())
+        expected = expected[0].exp().double()
+        assert (expected > 0).sum() == 9 or top_k or top_p < 1
         ids, logps = sample_tokens(logits.expand(n, -1), torch.rand(n, generator=generator, dtype=torch.float64),
-                                   temperature=temperature, banned=banned)
+                                   temperature=temperature, top_k=top_k, top_p=top_p, banned=banned)
         found = ids.bincount(minlength=12) / n
         assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / n).sqrt()).all()
         torch.testing.assert_close(logps.double().exp(), expected[ids], atol=1e-6, rtol=0)
 
 
-def test_the_policy_draws_first_tokens_as_often_as_it_says(tiny_model):
+@pytest.mark.parametrize("cut", [{}, {"top_k": 25, "top_p": 0.9}])
+def test_the_policy_draws_first_tokens_as_often_as_it_says(tiny_model, cut):
     policy, n = load_policy(tiny_model), 20_000
-    rollout, = roll(policy, tiny_model, "short video", group_size=n, max_tokens=1, batch_rows=n)
+    rollout, = roll(policy, tiny_model, "short video", group_size=n, max_tokens=1, batch_rows=n, **cut)
     ids, counts = rollout.completion_ids[:, 0].unique(return_counts=True)
     each = replace(rollout, completion_ids=ids[:, None], completion_mask=torch.ones(len(ids), 1, dtype=torch.bool))
-    with torch.no_grad():
-        expected = group_logps(policy, each)[:, 0].double().exp()
-    assert expected.sum() > 0.99 and len(ids) > 20
+    expected = rescore(policy, each, **cut)[:, 0].double().exp()
+    assert 0.99 < expected.sum() < 1.0001 and len(ids) > (20 if not cut else 10)
     assert ((counts / n - expected).abs() <= 5 * (expected * (1 - expected) / n).sqrt() + 1 / n).all()
 
 
@@ -203,3 +312,11 @@ def test_a_response_that_might_leave_the_context_is_refused_before_it_is_sampled
 def test_impossible_settings_are_refused(tiny_model, how):
     with pytest.raises(ValueError, match="must be at least"):
         roll(load_policy(tiny_model), tiny_model, "words", **how)
+
+
+@pytest.mark.parametrize("how", [{"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_p": float("nan")}])
+def test_impossible_cuts_are_refused_before_anything_is_computed(tiny_model, how):
+    policy = load_policy(tiny_model)
+    policy.encode = None  # calling it would fail
+    with pytest.raises(ValueError, match="top_k must be at least 0"):
+        roll(policy, tiny_model, "short video", **how)

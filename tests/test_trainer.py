@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepvideo_r1 import clip_cache
 from deepvideo_r1 import trainer as trainer_module
 from deepvideo_r1.augment import AugmentConfig
 from deepvideo_r1.baselines import OBJECTIVES
@@ -29,11 +30,12 @@ TRAIN = TrainConfig(steps=6, prompts_per_step=4, prompts_per_forward=2, inner_up
 @pytest.fixture
 def make_trainer(trained_model, tiny_world):
     "A function that makes a trainer for a directory; `train` and `rollout` are changes of the settings."
-    def make(directory, *, samples=None, lora_rank=0, objective=ObjectiveConfig(), augment=AUGMENT, **train):
+    def make(directory, *, samples=None, lora_rank=0, objective=ObjectiveConfig(), augment=AUGMENT,
+             prompt=PromptConfig("plain"), rollout=RolloutConfig(3, max_tokens=24), **train):
         return Trainer(
             load_policy(trained_model, lora_rank=lora_rank), load_processor(trained_model),
             samples or load_samples(tiny_world / "rl.jsonl"), directory, train=replace(TRAIN, **train),
-            prompt=PromptConfig("plain"), rollout=RolloutConfig(3, max_tokens=24), objective=objective, augment=augment,
+            prompt=prompt, rollout=rollout, objective=objective, augment=augment,
             accelerator=Accelerator(cpu=True))
 
     return make
@@ -217,6 +219,101 @@ def test_the_number_of_groups_in_a_forward_pass_changes_nothing(make_trainer, tm
     rows = [make_trainer(tmp_path, augment=AugmentConfig(), prompts_per_forward=n).step() for n in (1, 3, 4)]
     for row in figures(rows[1:]):
         assert row == pytest.approx(figures(rows)[0], rel=1e-4, abs=1e-6)
+
+
+# --- the encoder and the clips are paid for once -------------------------------------------------------------------
+
+
+def count_patches(trainer) -> list[int]:
+    "A list that grows by the number of patches at every call of an encoder, the policy's or the reference's."
+    seen = []
+    for policy in (trainer.policy, trainer.reference):
+        if policy is not None:
+            policy.base.model.visual.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    return seen
+
+
+def visited_patches(trainer, step) -> int:
+    indices = step_indices(len(trainer.samples), step, trainer.train.prompts_per_step, trainer.train.seed)
+    return sum(len(trainer.ask(trainer.samples[i], trainer.visuals(i)).patches) for i in indices)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+@pytest.mark.parametrize("source, place", [("stored", "prefix"), ("stored", "prompt"), ("sampled", "prefix")])
+def test_a_step_with_hints_encodes_each_video_once(make_trainer, tmp_path, monkeypatch, source, place, lora_rank):
+    monkeypatch.setattr("deepvideo_r1.augment.best_trace", lambda rollout, *, full_reward: rollout.sample.meta["trace"])
+    trainer = make_trainer(tmp_path, lora_rank=lora_rank, objective=ObjectiveConfig("grpo", kl_coef=0.04), inner_updates=3,
+                           augment=AugmentConfig(enabled=True, replace="always", keep_first=True, hint_as=place, hint_source=source))
+    trainer._difficulty = lambda rewards: 1.0  # every group is hard, so every group gets a hint
+    asked, scored = [], []
+    sample, reference = trainer.sample, trainer._reference_logps
+    trainer.sample = lambda samples, prompts, purpose, features=None: (asked.append(purpose), sample(samples, prompts, purpose, features))[1]
+    trainer._reference_logps = lambda batch: (scored.append(len(batch.prompt_ids)), reference(batch))[1]
+    seen = count_patches(trainer)
+    for step in range(2):
+        row = trainer.step()
+        assert row["hint_groups"] == 4 and sum(scored) == 8  # the first groups are trained on as well, against the reference
+        assert asked == [f"rollout-{step}", *([f"trace-{step}"] if source == "sampled" else []), f"augmented-{step}"]
+        assert sum(seen) == visited_patches(trainer, step) > 0
+        for record in (asked, scored, seen):
+            record.clear()
+
+
+def test_noise_is_encoded_again_and_a_second_draw_is_not(make_trainer, tmp_path):
+    for name, augment, times in (("noise", AugmentConfig(enabled=True, replace="always"), 2),
+                                 ("redraw", AugmentConfig(enabled=True, replace="always", control=True), 1)):
+        trainer = make_trainer(tmp_path / name, augment=augment)
+        trainer._difficulty = lambda rewards: -1.0
+        seen = count_patches(trainer)
+        assert trainer.step()[f"{name}_groups"] == 4 and sum(seen) == times * visited_patches(trainer, 0)
+
+
+def test_a_cache_of_clips_changes_nothing(make_trainer, tmp_path, monkeypatch):
+    read = []
+    real = clip_cache.load_visuals
+    plain = make_trainer(tmp_path / "plain", steps=4)
+    rows = fit(plain)
+
+    @functools.wraps(real)
+    def counted(sample, *args, **settings):
+        read.append(sample.video)
+        return real(sample, *args, **settings)
+
+    monkeypatch.setattr(clip_cache, "load_visuals", counted)
+    with_cache = PromptConfig("plain", cache_dir=str(tmp_path / "clips"))
+    first = make_trainer(tmp_path / "first", steps=4, prompt=with_cache)
+    assert figures(fit(first)) == figures(rows) and same(weights(first), weights(plain))
+    assert len(read) == len(set(read)) > 0  # questions about one video share its clip
+    read.clear()
+    second = make_trainer(tmp_path / "second", steps=4, prompt=with_cache)
+    assert figures(fit(second)) == figures(rows) and same(weights(second), weights(plain)) and read == []
+    fit(make_trainer(tmp_path / "parts", steps=2))  # begun without a cache, continued with one too small for a clip
+    tight = make_trainer(tmp_path / "parts", steps=4, prompt=PromptConfig("plain", cache_dir=str(tmp_path / "tight"), cache_gb=1e-9))
+    assert figures(fit(tight)) == figures(rows) and same(weights(tight), weights(plain))
+    assert list((tmp_path / "tight").iterdir()) == []
+
+
+def test_the_sampling_settings_reach_the_sampler(make_trainer, tmp_path):
+    def groups(**changes):
+        trainer = make_trainer(tmp_path, rollout=RolloutConfig(4, max_tokens=12, **changes))
+        samples = trainer.samples[:3]
+        return trainer.sample(samples, [trainer.ask(s, trainer.visuals(i)) for i, s in enumerate(samples)], "stream")
+
+    free, greedy, cut = groups(), groups(top_k=1), groups(top_p=0.3)
+    assert any(len(set(r.texts)) > 1 for r in free) and all(len(set(r.texts)) == 1 for r in greedy)
+    assert not any(r.old_logps.any() for r in greedy) and all(len(r.texts) == 4 for r in cut)
+    assert [r.texts for r in cut] != [r.texts for r in free]
+    assert [r.texts for r in groups(batch_rows=4)] == [r.texts for r in free] != [r.texts for r in groups(temperature=0.5)]
+    for wrong in ({"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}):
+        with pytest.raises(ValueError, match="rollout.top_k must be at least 0"):
+            RolloutConfig(**wrong)
+
+
+def test_training_on_cut_rollouts_starts_at_a_ratio_of_one(make_trainer, tmp_path):
+    trainer = make_trainer(tmp_path, rollout=RolloutConfig(3, max_tokens=24, top_k=20, top_p=0.8), inner_updates=1,
+                           objective=ObjectiveConfig("grpo", kl_coef=0.04))
+    row = trainer.step()
+    assert row["clip_fraction"] == 0 and abs(row["kl"]) < 1e-6 and row["grad_norm"] > 0
 
 
 # --- what stops a run ---------------------------------------------------------------------------------------------

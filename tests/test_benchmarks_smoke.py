@@ -1,0 +1,154 @@
+"""The benchmarks run, on sizes of seconds: their files have the documented fields, and their checks of equality are on."""
+import json
+import subprocess
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+SIDES = {"repeated_vs_packed": {"repeated", "vision_once", "packed"}, "rollout_vs_generate": {"generate", "rollout"},
+         "step_vs_trl": {"trl", "packed", "repeated"}, "growth": {"repeated", "packed"}}
+
+
+@pytest.fixture()
+def benchmark(monkeypatch):
+    "The module of a benchmark, by its name."
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return import_module
+
+
+def read(folder: Path, name: str) -> dict:
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def check_fields(found: dict, name: str) -> None:
+    assert found["name"] == name and found["options"]["quick"]
+    assert {"date", "processor", "cores", "threads", "torch", "transformers", "commit"} <= found["machine"].keys()
+    assert found["cases"]
+    for case in found["cases"]:
+        assert {"P", "C", "G", "sides", "speedup"} <= case.keys()
+        assert case["sides"].keys() == SIDES[name]
+        for side in case["sides"].values():
+            assert side["cpu_s"] > 0 and side["wall_s"] > 0
+            assert (side["peak_mib"] is not None) == sys.platform.startswith("linux")
+
+
+def test_the_readme_names_every_field():
+    text = (BENCHMARKS / "README.md").read_text()
+    names = {"cpu_s", "wall_s", "peak_mib", "gflop", "of_minimum", "speedup", "memory_ratio", "vision_share", "greedy_equal",
+             "videos_encoded", "logp_difference", "gradient_difference", "speedup_by_sharing", "utilisation",
+             "response_ratio", "time_ratio", "vanishing", "no_trace"}
+    assert {name for name in names if f"`{name}`" not in text} == set()
+    assert {path.name for path in BENCHMARKS.glob("*.py") if path.name not in text} == set()
+
+
+def test_repeated_rows_against_the_packed_row(benchmark, tmp_path):
+    module = benchmark("repeated_vs_packed")
+    module.main(module.Settings(quick=True, out=tmp_path))
+    found = read(tmp_path, "repeated_vs_packed")
+    check_fields(found, "repeated_vs_packed")
+    sides = found["cases"][0]["sides"]
+    assert sides["packed"]["logp_difference"] < 1e-4 and sides["packed"]["gradient_difference"] < 1e-4
+    assert 1 < sides["packed"]["of_minimum"] < 1.15 < sides["vision_once"]["of_minimum"] < sides["repeated"]["of_minimum"]
+
+
+def test_unequal_sides_are_not_timed(benchmark, tmp_path, monkeypatch):
+    module, rollouts = benchmark("repeated_vs_packed"), benchmark("rollout_vs_generate")
+    right, complete = module.group_logps, rollouts.complete
+    monkeypatch.setattr(module, "group_logps", lambda policy, rollout: right(policy, rollout) + 1e-3)
+    with pytest.raises(SystemExit, match="packed.*logp_difference"):
+        module.main(module.Settings(quick=True, out=tmp_path))
+    monkeypatch.setattr(module, "group_logps", lambda policy, rollout: 1.01 * right(policy, rollout) - 0.01 * right(
+        policy, rollout).detach())
+    with pytest.raises(SystemExit, match="packed.*gradient_difference"):
+        module.main(module.Settings(quick=True, out=tmp_path))
+    for change in (dict(ids=1), dict(logps=1e-3)):
+        monkeypatch.setattr(rollouts, "complete", lambda *args, change=change, **how: (done := complete(*args, **how))._replace(
+            **{name: getattr(done, name) + shift for name, shift in change.items()}))
+        with pytest.raises(SystemExit, match="greedy"):
+            rollouts.main(rollouts.Settings(quick=True, out=tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_packed_path_counts_as_many_flops_as_by_hand(benchmark):
+    harness, flops = benchmark("harness"), benchmark("flops")
+    policy = harness.make_policy(harness.Options(quick=True))
+    p, c, g = 20, 5, 3
+    rollout = harness.make_rollout(policy, harness.make_prompt(policy, p), g, c)
+    with flops.counter() as count:
+        harness.use_attention(policy, True)
+        policy(benchmark("deepvideo_r1.policy").rollout_batch(policy, [rollout])).sum().backward()
+    width, mlp, layers, heads, kv_heads, words, _ = harness.SIZES["quick"][0]
+    linear = layers * (2 * width**2 + 2 * width * width * kv_heads // heads + 3 * width * mlp)
+    head, tokens = 6 * width * words * g * c, p + g * c
+    least = flops.minimum_flops(policy.base, p, c, g)
+    assert least == dict(linear=6 * linear * tokens, head=head, vision=0,
+                         attention=12 * layers * width * (p * (p + 1) // 2 + g * (c * p + c * (c + 1) // 2)))
+    # The kernels attend to whole squares, and compute the scores again in the backward pass: 7 products of which 6 are needed.
+    whole = 14 * layers * width * (p**2 + g * c * (p + c))
+    assert count.get_total_flops() == 6 * linear * tokens + head + whole
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory on the CPU is read from Linux")
+def test_peak_memory_sees_what_is_freed_again(benchmark):
+    harness = benchmark("harness")
+    for _ in range(2):  # the mark of the first run is gone in the second
+        assert 63 < harness.peak_memory(lambda: torch.ones(16 * 2**20).sum(), harness.Options(quick=True)) < 70
+    assert harness.peak_memory(lambda: torch.ones(2**20).sum(), harness.Options(quick=True)) < 10
+
+
+def test_growth_draws_a_small_figure(benchmark, tmp_path):
+    module = benchmark("growth")
+    module.main(module.Settings(quick=True, out=tmp_path))
+    found = read(tmp_path, "growth")
+    check_fields(found, "growth")
+    assert 5_000 < (tmp_path / found["figure"]).stat().st_size < 150_000
+
+
+def test_the_rollout_as_a_command(tmp_path):
+    command = [sys.executable, "rollout_vs_generate.py", "--quick", "--out", tmp_path]
+    done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "videos encoded" in done.stdout
+    found = read(tmp_path, "rollout_vs_generate")
+    check_fields(found, "rollout_vs_generate")
+    assert found["cases"][0]["greedy_equal"] == 1 and found["cases"][0]["logp_difference"] < 1e-4
+
+
+@pytest.mark.parametrize("name", ["repeated_vs_packed", "rollout_vs_generate"])
+def test_bfloat16(benchmark, tmp_path, name):
+    module = benchmark(name)
+    module.main(module.Settings(quick=True, dtype="bfloat16", peak_tflops=1.0, out=tmp_path))
+    check_fields(read(tmp_path, name), name)
+
+
+def test_what_augmentation_costs(benchmark, tmp_path):
+    module = benchmark("augmentation_cost")
+    module.main(module.Settings(quick=True, out=tmp_path, cache=tmp_path / "cache"))
+    found = read(tmp_path, "augmentation_cost")
+    cases = {case["variant"]: case for case in found["cases"]}
+    assert {"responses", "videos_encoded", "cpu_s", "response_ratio", "time_ratio", "vanishing", "no_trace"} <= cases["second draw"].keys()
+    assert cases["no augmentation"]["responses"] == 64 and cases["no augmentation"]["response_ratio"] == 1
+    assert cases["no augmentation"]["videos_encoded"] == cases["stored hints alone"]["videos_encoded"] == 16  # each video once
+
+
+@pytest.mark.skipif(find_spec("trl") is None, reason="needs TRL: pip install trl")
+def test_the_step_against_trl(benchmark, tmp_path):
+    module = benchmark("step_vs_trl")
+    module.main(module.Settings(quick=True, out=tmp_path))
+    found = read(tmp_path, "step_vs_trl")
+    check_fields(found, "step_vs_trl")
+    case = found["cases"][0]
+    assert max(case["differences"].values()) < 1e-3
+    assert case["logp_difference_after"] < 1e-4 < 1e-2 < case["logp_change"]  # both learnt, and the same
+
+
+def test_without_trl_its_benchmark_says_what_to_install(benchmark, tmp_path, monkeypatch):
+    module = benchmark("step_vs_trl")
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install"):
+        module.main(module.Settings(quick=True, out=tmp_path))
