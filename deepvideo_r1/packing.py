@@ -47,13 +47,13 @@ def mrope_positions(
     tail = torch.arange(len(prompt_ids) - cursor) + following
     return torch.cat([*parts, tail.expand(3, -1)], dim=1), following + len(tail)
 
-# %% ../nbs/04a_packing.ipynb #633cdb3b
+# %% ../nbs/04a_packing.ipynb #acc5c390
 @dataclass(frozen=True)
 class SharedPrefix:
     "How a row [prompt, y1, ..., yG] is divided, with the masks of its two parts."
     prompt_length: int  # P
     group_size: int  # G
-    prompt_mask: Tensor  # (B, 1, P, P) bool, True where a prompt token may look
+    prompt_mask: Tensor | None  # (B, 1, P, P) bool, True where a prompt token may look; None without padding: at all before it
     response_mask: Tensor  # (B * G, 1, T, P + T) bool, True where a response token may look
 
 
@@ -74,7 +74,7 @@ def shared_prefix_layout(
     among_response = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=prompt_mask.device).tril()
     to_prompt = prompt_mask.repeat_interleave(group_size, 0)[:, None, :].expand(-1, n_tokens, -1)
     rows = torch.cat([to_prompt, among_response.expand(len(to_prompt), -1, -1)], dim=-1)[:, None]
-    return SharedPrefix(prompt_mask.shape[1], group_size, causal_prompt_mask(prompt_mask), rows)
+    return SharedPrefix(prompt_mask.shape[1], group_size, None if prompt_mask.all() else causal_prompt_mask(prompt_mask), rows)
 
 
 def shared_prefix_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
@@ -84,9 +84,12 @@ def shared_prefix_attention(module: nn.Module, query: Tensor, key: Tensor, value
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     width, groups, scale = attention_mask.prompt_length, attention_mask.group_size, kwargs.get("scaling")
     rows, n_heads = query.shape[:2]
-    key, value = (x.repeat_interleave(n_heads // x.shape[1], dim=1) for x in (key, value))
-    prompt = F.scaled_dot_product_attention(query[:, :, :width], key[:, :, :width], value[:, :, :width],
-                                            attn_mask=attention_mask.prompt_mask, scale=scale)
+    how = {"scale": scale, "enable_gqa": query.device.type == "cpu"}
+    if not how["enable_gqa"]:  # on a GPU no fused kernel takes a mask and fewer key heads
+        key, value = (x.repeat_interleave(n_heads // x.shape[1], dim=1) for x in (key, value))
+    prompt = F.scaled_dot_product_attention(
+        query[:, :, :width], key[:, :, :width], value[:, :, :width], attn_mask=attention_mask.prompt_mask,
+        is_causal=attention_mask.prompt_mask is None, **how)
 
     def by_response(x: Tensor) -> Tensor:  # (B, heads, G * T, d) -> (B * G, heads, T, d)
         return x.unflatten(2, (groups, -1)).transpose(1, 2).flatten(0, 1)
@@ -95,7 +98,7 @@ def shared_prefix_attention(module: nn.Module, query: Tensor, key: Tensor, value
         return torch.cat([x[:, :, :width].repeat_interleave(groups, 0), by_response(x[:, :, width:])], dim=2)
 
     own = F.scaled_dot_product_attention(by_response(query[:, :, width:]), with_prompt(key), with_prompt(value),
-                                         attn_mask=attention_mask.response_mask, scale=scale)
+                                         attn_mask=attention_mask.response_mask, **how)
     own = own.unflatten(0, (rows, groups)).transpose(1, 2).flatten(2, 3)
     return torch.cat([prompt, own], dim=2).transpose(1, 2), None
 

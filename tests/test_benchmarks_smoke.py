@@ -88,8 +88,8 @@ def test_the_packed_path_counts_as_many_flops_as_by_hand(benchmark):
     least = flops.minimum_flops(policy.base, p, c, g)
     assert least == dict(linear=6 * linear * tokens, head=head, vision=0,
                          attention=12 * layers * width * (p * (p + 1) // 2 + g * (c * p + c * (c + 1) // 2)))
-    # The kernels attend to whole squares, and compute the scores again in the backward pass: 7 products of which 6 are needed.
-    whole = 14 * layers * width * (p**2 + g * c * (p + c))
+    # The kernels attend to half of the prompt's square and to the whole of a response's, and compute the scores again in the backward pass: 7 products of which 6 are needed.
+    whole = 14 * layers * width * (p**2 // 2 + g * c * (p + c))
     assert count.get_total_flops() == 6 * linear * tokens + head + whole
 
 
