@@ -4,9 +4,10 @@ PIP_ARGS ?=
 ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt
+OLDEST_TRANSFORMERS := $(shell sed -n 's/^requirements *=.*transformers>=\([0-9.]*\).*/\1/p' settings.ini)
 OLDEST := $(shell sed -n 's/^min_python *= *//p' settings.ini)
 
-.PHONY: help setup dev toy test test-all bench lab docs readme clean
+.PHONY: help setup dev toy test test-all test-oldest bench lab docs readme clean
 
 help: ## list the targets (the default)
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -25,6 +26,10 @@ test: .venv/.dev ## run the tests, every notebook among them
 test-all: .venv/.dev ## run the slow tests too, and those for a GPU where there is one
 	$(BIN)/python -m pytest -m "" $(ARGS)
 
+test-oldest: .venv/.dev ## run the tests with the oldest transformers that is supported
+	$(BIN)/python -m pip install $(PIP_ARGS) -q --no-deps --upgrade --target .oldest "transformers==$(OLDEST_TRANSFORMERS)"
+	PYTHONPATH=$(CURDIR)/.oldest $(BIN)/python -m pytest $(ARGS)
+
 bench: .venv/.run ## measure speed and memory against peers, half an hour (against TRL where it is installed)
 	@for name in repeated_vs_packed rollout_vs_generate growth augmentation_cost; do $(BIN)/python benchmarks/$$name.py $(ARGS) || exit 1; done
 	@if $(BIN)/python -c 'import trl' 2>/dev/null; then $(BIN)/python benchmarks/step_vs_trl.py $(ARGS); \
@@ -42,7 +47,7 @@ readme: .venv/.dev ## run nbs/index.ipynb and write README.md from it
 	$(BIN)/python docs/readme.py
 
 clean: ## remove built pages, packages and caches; .venv and runs/ stay
-	rm -rf _sphinx _site jupyter_execute _proc _docs build dist *.egg-info .pytest_cache .hypothesis
+	rm -rf .oldest _sphinx _site jupyter_execute _proc _docs build dist *.egg-info .pytest_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 # The stamps make each installation happen once, and again when what it is made from has changed.

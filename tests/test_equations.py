@@ -38,6 +38,6 @@ def test_a_row_points_to_something(row):
 
 
 def test_the_tables_point_to_something():
-    assert len(OTHERS) == 4
+    assert len(OTHERS) == 6
     for notebook, name in OTHERS:
         assert (ROOT / "nbs" / notebook).is_file() and resolve(name)
