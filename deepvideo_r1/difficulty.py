@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .advantage import check_rewards
 
-# %% ../nbs/12_difficulty.ipynb #523b5d2b
+# %% ../nbs/12_difficulty.ipynb #cb06554b
 class ReplayBuffer:
     "The mean rewards of the last `window` groups, and how a new group compares with them (Eq. 9)."
 
@@ -24,7 +24,7 @@ class ReplayBuffer:
         self,
         window: int = 100,  # W, how many groups are remembered, >= 1
         *,
-        min_samples: int = 1,  # groups needed before a difficulty differs from 0; the toy uses 16
+        min_samples: int = 1,  # groups needed before a difficulty differs from 0; a run takes 16, from `AugmentConfig`
     ):
         if not 1 <= min_samples <= window:
             raise ValueError(f"got window={window}, min_samples={min_samples}; allowed is 1 <= min_samples <= window")

@@ -42,7 +42,7 @@ def sampling_logps(
         logits = logits.masked_fill(torch.zeros_like(tail).scatter(-1, order, tail), float("-inf"))
     return logits.log_softmax(-1)
 
-# %% ../nbs/06_rollout.ipynb #5f90694e
+# %% ../nbs/06_rollout.ipynb #e5f1c518
 def sample_tokens(
     logits: Tensor,  # (N, V)
     uniforms: Tensor,  # (N,) float64 in [0, 1)
@@ -63,7 +63,7 @@ def sample_tokens(
         ids = torch.searchsorted(cumulative, level[:, None], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
     return ids, logps.gather(-1, ids[:, None])[:, 0]
 
-# %% ../nbs/06_rollout.ipynb #dfbcfbec
+# %% ../nbs/06_rollout.ipynb #c301260c
 class Completions(NamedTuple):
     "Sampled responses of B prompts."
     ids: Tensor  # (B, G, T) int64, 0 after the end
@@ -130,7 +130,7 @@ def complete(
     ids, mask, logps = (torch.stack(x, -1).unflatten(0, (n_prompts, groups)).cpu() for x in zip(*steps))
     return Completions(ids, mask, logps, features)
 
-# %% ../nbs/06_rollout.ipynb #f6cd4df7
+# %% ../nbs/06_rollout.ipynb #651c9629
 def rollout_groups(
     policy: PolicyModel,  # unwrapped
     processor: Processor,  # turns ids into text
@@ -170,7 +170,7 @@ def rollout_groups(
                                     visual_features=done.visual_features[b]))
     return rollouts
 
-# %% ../nbs/06_rollout.ipynb #b57b8713
+# %% ../nbs/06_rollout.ipynb #54b1b2f8
 @torch.no_grad()
 def rescore(
     policy: PolicyModel,  # unwrapped
