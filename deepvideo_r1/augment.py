@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['add_noise', 'mask_frames', 'AugmentConfig', 'plan_augmentation', 'best_trace', 'augment_groups']
 
-# %% ../nbs/13_augment.ipynb #9b673c05
+# %% ../nbs/13_augment.ipynb #e9dac59c
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -130,16 +129,16 @@ def best_trace(
     think = parse_response(rollout.texts[best]).think
     return think.strip() if think and think.strip() else None
 
-# %% ../nbs/13_augment.ipynb #0ed18f94
+# %% ../nbs/13_augment.ipynb #65086df6
 def _traces(rollouts: Sequence[Rollout], visuals: Sequence[list[tuple[str, Clip]]], ask: Callable[..., Prompt],
-            sample: Callable[..., list[Rollout]], config: AugmentConfig, full_reward: float) -> list[str | None]:
+            sample: Callable[..., list[Rollout]], config: AugmentConfig) -> list[str | None]:
     "A reasoning trace to cut a hint from, for each rollout, or None."
     if config.hint_source == "stored":
         traces = [r.sample.meta.get("trace") or "" for r in rollouts]
         return [parse_response(t).think or t.strip() or None for t in traces]  # with tags around it or without
     shown = [ask(r.sample, v, show_answer=True) for r, v in zip(rollouts, visuals)]
     answers = sample(rollouts, shown, "trace", [r.visual_features for r in rollouts]) if rollouts else []
-    return [best_trace(a, full_reward=full_reward) for a in answers]
+    return [best_trace(a, full_reward=config.full_reward) for a in answers]
 
 
 def _changed_prompt(rollout: Rollout, visuals: list[tuple[str, Clip]], plan: dict[str, Any], trace: str | None,
@@ -160,7 +159,7 @@ def _changed_prompt(rollout: Rollout, visuals: list[tuple[str, Clip]], plan: dic
     prefix = {"prefix": f"<think>\n{hint}"} if config.hint_as == "prefix" else {"hint": hint}
     return ask(rollout.sample, visuals, **prefix)
 
-# %% ../nbs/13_augment.ipynb #e4e7f8ec
+# %% ../nbs/13_augment.ipynb #6dcd4246
 def augment_groups(
     rollouts: Sequence[Rollout],  # scored first groups, with their difficulty
     visuals: Sequence[list[tuple[str, Clip]]],  # the clips of each, as decoded
@@ -177,7 +176,7 @@ def augment_groups(
     plans = [plan_augmentation(r.difficulty, config, step=step) if v or config.replace == "always" else {}
              for r, v in zip(rollouts, vanishing)]
     hinted = [i for i, plan in enumerate(plans) if plan.get("kind") == "hint"]
-    found = _traces([rollouts[i] for i in hinted], [visuals[i] for i in hinted], ask, sample, config, config.full_reward)
+    found = _traces([rollouts[i] for i in hinted], [visuals[i] for i in hinted], ask, sample, config)
     traces, changed = dict(zip(hinted, found)), {}
     for i, plan in enumerate(plans):
         if plan.get("kind") == "hint" and not traces[i]:

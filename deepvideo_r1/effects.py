@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['CURVES', 'AXES', 'pack_runs', 'read_runs', 'trailing_mean', 'equal_steps', 'paired']
 
-# %% ../nbs/18e_effects.ipynb #479e309a
+# %% ../nbs/18e_effects.ipynb #58251fe2
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .experiment import mean_interval
 from .runs import LEVELS, read_curves, read_results
 from .verdicts import Estimate, over_seeds
 

@@ -51,8 +51,12 @@ def parsed_evidence(
     spans = parse_spans(read_block(text, "glue") or "")
     return [list(span) for span in spans] if spans else None
 
-# %% ../nbs/17_evaluate.ipynb #f540bc5c
+# %% ../nbs/17_evaluate.ipynb #c9f548ff
 HIDDEN_META = ("response", "trace", "show_answer")  # long, and about how a question is learnt; not kept in rows
+
+
+def _kept_meta(sample: Sample) -> dict[str, Any]:
+    return {name: value for name, value in sample.meta.items() if name not in HIDDEN_META}
 
 
 def _row(rollout: Rollout, visuals: list[tuple[str, Clip]], temperature: float) -> dict[str, Any]:
@@ -66,12 +70,12 @@ def _row(rollout: Rollout, visuals: list[tuple[str, Clip]], temperature: float) 
             "frames": [{"kind": kind, "seconds": [round(t, 3) for t in clip.timestamps.tolist()]} for kind, clip in visuals],
             "responses": list(scored.texts), "parsed": [parsed_answer(text, sample) for text in scored.texts], **evidence,
             "parts": {name: values.tolist() for name, values in scored.reward_parts.items()},
-            "meta": {name: value for name, value in sample.meta.items() if name not in HIDDEN_META}}
+            "meta": _kept_meta(sample)}
 
 
-def _ask(policy, processor, samples, prompt, temperature, n_responses, max_tokens, seed, timeout) -> dict[str, dict]:
+def _ask(policy, processor, samples, load, prompt, temperature, n_responses, max_tokens, seed, timeout) -> dict[str, dict]:
     "The rows of some questions that are answered side by side, by id."
-    asked, rows, load = {}, {}, clip_loader(prompt.cache_dir, prompt.cache_gb)
+    asked, rows = {}, {}
     for sample in samples:
         try:
             visuals = load(sample, processor, max_frames=prompt.max_frames, fps=prompt.fps,
@@ -80,7 +84,7 @@ def _ask(policy, processor, samples, prompt, temperature, n_responses, max_token
         except VideoError as error:
             rows[sample.id] = {"id": sample.id, "question": sample.question, "group": sample.meta.get("level", "all"),
                                "kind": sample.kind, "temperature": temperature, "error": str(error),
-                               "meta": {k: v for k, v in sample.meta.items() if k not in HIDDEN_META}}
+                               "meta": _kept_meta(sample)}
     groups = rollout_groups(policy, processor, [s for s, _, _ in asked.values()], [p for _, _, p in asked.values()],
                             [(seed, "evaluate", name) for name in asked], max_tokens=max_tokens, group_size=n_responses,
                             temperature=temperature, batch_rows=len(samples) * n_responses)
@@ -139,9 +143,10 @@ def evaluate(
     done = _answered(path, samples, temperature)
     todo = [s for s in samples if s.id not in done][rank::world]
     mine = Path(path).with_suffix(f".process{rank}{Path(path).suffix}") if world > 1 else path
+    load = clip_loader(prompt.cache_dir, prompt.cache_gb)
     for start in range(0, len(todo), batch_prompts):
         part = todo[start : start + batch_prompts]
-        rows = _ask(policy, processor, part, prompt, temperature, n_responses, max_tokens, seed, timeout)
+        rows = _ask(policy, processor, part, load, prompt, temperature, n_responses, max_tokens, seed, timeout)
         done |= rows
         if path:
             with disk_errors(mine), Path(mine).open("a") as file:

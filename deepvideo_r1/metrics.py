@@ -6,12 +6,13 @@
 __all__ = ['Row', 'TYPE_FIELDS', 'THRESHOLDS', 'Metric', 'measure', 'part', 'group_rows', 'accuracy_metrics', 'weighted_mean',
            'vsi_metrics', 'interval_overlap', 'union_iop', 'grounding_worths', 'grounding_metrics', 'own_metrics']
 
-# %% ../nbs/17b_metrics.ipynb #fc15acb7
+# %% ../nbs/17b_metrics.ipynb #3d899ab0
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .evaluate import accuracy
 from .experiment import mean_interval
 from .reward import Span, merge_spans, union_iou_reward
 
@@ -86,7 +87,7 @@ def accuracy_metrics(
     groups = {"all": rows} | {name: some for field in by for name, some in group_rows(rows, field).items()}
     return [metric for name, some in groups.items() for metric in measure(name, "accuracy", some, part("accuracy"))]
 
-# %% ../nbs/17b_metrics.ipynb #e2190c60
+# %% ../nbs/17b_metrics.ipynb #f31ce392
 def weighted_mean(
     parts: Sequence[tuple[float, Sequence[float]]],  # a weight, and the values of its group; the weights add up to 1
 ) -> tuple[float, float, float]:  # the mean, lower and upper bound within [0, 1]
@@ -110,15 +111,10 @@ def vsi_metrics(
         return found
     family = lambda name: "direction" if "rel_direction" in name else name
     families = [family(name) for name in by_type]
-    parts = [(1 / len(set(families)) / families.count(family(name)), _question_means(types[name])) for name in by_type]
+    parts = [(1 / len(set(families)) / families.count(family(name)), accuracy(types[name])) for name in by_type]
     whole = Metric("all", "mean of the types", *weighted_mean(parts), sum(m.n for m in by_type.values()),
                    sum(m.unparsed for m in by_type.values()), sum(m.unreadable for m in by_type.values()))
     return [whole, *found, *by_type.values()]
-
-
-def _question_means(rows: Sequence[Row]) -> list[float]:
-    parts = [row["parts"]["accuracy"] for row in rows if "error" not in row]
-    return [math.fsum(values) / len(values) for values in parts]
 
 # %% ../nbs/17b_metrics.ipynb #5a7bdb70
 def interval_overlap(

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['sampling_logps', 'sample_tokens', 'Completions', 'complete', 'rollout_groups', 'rescore']
 
-# %% ../nbs/06_rollout.ipynb #80d55c43
+# %% ../nbs/06_rollout.ipynb #8717763b
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
