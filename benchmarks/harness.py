@@ -47,6 +47,7 @@ class Options:
     family: Literal["qwen2_5_vl", "qwen2_vl"] = "qwen2_5_vl"  # which model
     device: str = "cpu"  # or "cuda"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and activations
+    attention: Literal["auto", "split", "flash", "flex"] = "auto"  # kernel of the packed rows; auto: the fastest on the device
     repeats: int = 3  # times that each side is timed, in turns
     threads: int = 1  # of the CPU
     peak_tflops: float | None = None  # of the device, in tera-FLOP/s at this dtype; given, a table shows the share that is used
@@ -105,7 +106,7 @@ def make_policy(options: Options) -> PolicyModel:
     "A policy with random weights and a frozen encoder, which never samples a placeholder."
     cls = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration, "qwen2_vl": Qwen2VLForConditionalGeneration}[options.family]
     hf = random_weights(cls, vl_config(options.size, options.family), options)
-    return PolicyModel(hf, pad_ids=(VIDEO, IMAGE), banned_ids=(VIDEO, IMAGE)).to(options.device)
+    return PolicyModel(hf, pad_ids=(VIDEO, IMAGE), banned_ids=(VIDEO, IMAGE), attention=options.attention).to(options.device)
 
 
 def make_text_model(options: Options) -> Qwen2ForCausalLM:

@@ -1,6 +1,7 @@
 """Log-probs of a group, forward and backward: G whole rows through transformers against one packed row."""
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +82,16 @@ def make_sides(policy: PolicyModel, rollout: Rollout) -> dict[str, Callable[[], 
             "packed": side(lambda: group_logps(policy, rollout), True)}
 
 
+@contextmanager
+def split_attention(policy: PolicyModel) -> Iterator[None]:
+    "The kernel whose FLOPs the counter knows, for as long as it counts."
+    chosen, policy.attention = policy.attention, "split"
+    try:
+        yield
+    finally:
+        policy.attention = chosen
+
+
 def measure(policy: PolicyModel, rollout: Rollout, options: Options, names: tuple[str, ...] = SIDES) -> dict:
     "Equality, FLOPs, peak memory and seconds of one case."
     sides = {name: run for name, run in make_sides(policy, rollout).items() if name in names}
@@ -91,8 +102,9 @@ def measure(policy: PolicyModel, rollout: Rollout, options: Options, names: tupl
     first = None
     for name, run in sides.items():
         logps: list[Tensor] = []
-        with (count := counter()):
-            case["sides"][name]["peak_mib"] = peak_memory(lambda: logps.append(run()), options)
+        with (count := counter()), split_attention(policy):
+            run()
+        case["sides"][name]["peak_mib"] = peak_memory(lambda: logps.append(run()), options)
         case["sides"][name] |= dict(gflop=count.get_total_flops() / 1e9,
                                     of_minimum=count.get_total_flops() / sum(parts.values()))
         grads = gradients(policy)
@@ -123,7 +135,8 @@ def main(settings: Settings) -> None:
         if rows["packed"]["peak_mib"]:
             case["memory_ratio"] = rows["packed"]["peak_mib"] / rows["repeated"]["peak_mib"]
         cases.append(case)
-        path = save("repeated_vs_packed", settings, cases, weights=sum(p.numel() for p in policy.parameters()))
+        kernel = policy.attention_kernel(policy.get_input_embeddings().weight)
+        path = save("repeated_vs_packed", settings, cases, weights=sum(p.numel() for p in policy.parameters()), attention_kernel=kernel)
         print(f"P={length} C={n_tokens} G={groups}: {case['speedup']:.2f}x", flush=True)
     columns = ["P", "C", "G", "side", "CPU s", "wall s", "faster", "GFLOP", "of minimum", "peak MiB", "of repeated", "logp diff",
                "grad diff"] + ["utilisation"] * bool(settings.peak_tflops)

@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'PolicyConfig', 'RunConfig', 'tiny_cpu', 'small_1gpu', 'paper_3b', 'paper_7b', 'difference', 'open_run',
            'disk_error', 'build_trainer', 'run_training', 'mean_interval']
 
-# %% ../nbs/15_experiment.ipynb #1e2c624f
+# %% ../nbs/15_experiment.ipynb #72f44fe9
 import errno
 import functools
 import json
@@ -24,11 +24,12 @@ from .augment import AugmentConfig
 from .checkpoint import disk_errors, write_whole
 from .config import ObjectiveConfig, PromptConfig, RolloutConfig, TrainConfig
 from .datasets import load_samples
+from .packing import KERNELS
 from .policy import load_policy, save_policy
 from .prompt import load_processor
 from .trainer import Trainer, fit
 
-# %% ../nbs/15_experiment.ipynb #1700448d
+# %% ../nbs/15_experiment.ipynb #c7d2dfc2
 @dataclass(frozen=True)
 class PolicyConfig:
     "How the checkpoint is loaded."
@@ -36,10 +37,13 @@ class PolicyConfig:
     lora_rank: int = 0  # rank of LoRA adapters; 0 trains all weights of the language model
     lora_alpha: int = 32  # LoRA scale is alpha / rank
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
+    attention: str = "auto"  # kernel of the packed rows: "split", "flash", "flex", or "auto", the fastest on the device
 
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"policy.dtype is {self.dtype!r}, allowed are float32, bfloat16")
+        if self.attention not in ("auto", *KERNELS):
+            raise ValueError(f"policy.attention is {self.attention!r}, allowed are auto, {', '.join(KERNELS)}")
         if self.lora_rank < 0:
             raise ValueError(f"policy.lora_rank must be 0 or more, got {self.lora_rank}")
 

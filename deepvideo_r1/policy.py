@@ -6,7 +6,7 @@
 __all__ = ['FAMILIES', 'LORA_TARGETS', 'make_tiny_checkpoint', 'PolicyBatch', 'make_batch', 'PolicyModel', 'load_policy',
            'rollout_batch', 'group_logps', 'save_policy']
 
-# %% ../nbs/05_policy.ipynb #b979cbaf
+# %% ../nbs/05_policy.ipynb #d2de7566
 import contextlib
 import json
 from collections.abc import Iterable, Sequence
@@ -22,7 +22,8 @@ from transformers import (AutoConfig, GenerationConfig, Qwen2_5_VLConfig, Qwen2_
                           Qwen2VLForConditionalGeneration)
 
 from .core import Prompt, Rollout
-from .packing import LogpHead, mrope_positions, shared_prefix_layout
+from .kernels import available_kernels, fastest_kernel
+from .packing import KERNELS, LogpHead, mrope_positions, shared_prefix_layout
 from .prompt import Processor, load_processor, write_tiny_processor
 from .world import world_texts
 
@@ -139,7 +140,7 @@ def make_batch(
         grid_thw=torch.cat([p.grid_thw for p in seen]) if seen else None,
         visual_features=torch.cat(features) if features else None)
 
-# %% ../nbs/05_policy.ipynb #59cbbef9
+# %% ../nbs/05_policy.ipynb #c6824ed1
 class PolicyModel(nn.Module):
     "A Qwen-VL model whose forward returns the log-probabilities of G responses to each of B prompts."
 
@@ -151,9 +152,13 @@ class PolicyModel(nn.Module):
         banned_ids: Sequence[int] = (),  # ids that are never sampled
         temperature: float = 1.0,  # of sampling, and so of scoring
         train_vision: bool = False,  # False: the encoder is frozen, as in the paper
+        attention: str = "auto",  # kernel of the packed rows, one of `KERNELS`; "auto": the fastest on the device
     ):
+        if attention not in ("auto", *KERNELS):
+            raise ValueError(f"attention is {attention!r}, allowed are auto, {', '.join(KERNELS)}")
         super().__init__()
         self.hf, self.pad_ids, self.temperature, self.train_vision = hf, tuple(pad_ids), temperature, train_vision
+        self.attention = attention
         config = self.base.config
         self.context_length = config.text_config.max_position_embeddings
         self.tokens_per_second = getattr(config.vision_config, "tokens_per_second", None)
@@ -203,6 +208,19 @@ class PolicyModel(nn.Module):
         pads = torch.isin(batch.prompt_ids, torch.tensor(self.pad_ids, device=embeds.device)) & batch.prompt_mask
         return embeds.masked_scatter(pads[..., None], features.to(embeds.dtype))
 
+    def attention_kernel(self, inputs: Tensor) -> str:
+        "The kernel for packed rows of these embeddings; raises `ValueError` when the one that was asked for cannot run there."
+        kind = inputs.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else inputs.dtype
+        if self.attention == "auto":
+            text = self.base.config.text_config
+            return fastest_kernel(inputs.device, dtype, text.num_attention_heads, text.num_key_value_heads,
+                                  self.base.model.language_model.layers[0].self_attn.head_dim)
+        if self.attention not in (allowed := available_kernels(inputs.device, dtype)):
+            raise ValueError(f"attention is {self.attention!r}, which cannot be trained with on {inputs.device} in {dtype}; "
+                             f"allowed there are auto, {', '.join(allowed)}")
+        return self.attention
+
     def forward(self, batch: PolicyBatch, entropy: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         "log pi_theta of every response token, (B, G, T) float32, 0 on padding; with `entropy` also its entropy in nats."
         rows, groups, n_tokens = batch.completion_ids.shape
@@ -210,7 +228,7 @@ class PolicyModel(nn.Module):
         answers = self.get_input_embeddings()(batch.completion_ids.flatten(1))
         after = batch.next_position[:, None, None] + torch.arange(n_tokens, device=answers.device)
         after = after.expand(rows, groups, n_tokens).flatten(1)
-        layout = shared_prefix_layout(batch.prompt_mask, groups, n_tokens)
+        layout = shared_prefix_layout(batch.prompt_mask, groups, n_tokens, self.attention_kernel(answers))
         hidden = self.base.model.language_model(
             inputs_embeds=torch.cat([self.embed_prompts(batch), answers], dim=1), use_cache=False,
             position_ids=torch.cat([batch.prompt_positions, after.expand(3, -1, -1)], dim=2),
@@ -222,7 +240,7 @@ class PolicyModel(nn.Module):
         found = [x.view(rows, groups, n_tokens).masked_fill(~batch.completion_mask, 0.0) for x in (found if entropy else [found])]
         return tuple(found) if entropy else found[0]
 
-# %% ../nbs/05_policy.ipynb #c4eead56
+# %% ../nbs/05_policy.ipynb #3e222f28
 FAMILIES = {"qwen2_vl": Qwen2VLForConditionalGeneration, "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration}
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
@@ -252,6 +270,7 @@ def load_policy(
     lora_alpha: int = 32,  # LoRA scale is alpha / rank
     train_vision: bool = False,  # False: the encoder is frozen, as in the paper
     gradient_checkpointing: bool = False,  # recompute activations in the backward pass
+    attention: str = "auto",  # kernel of the packed rows: "split", "flash", "flex", or "auto", the fastest on the device
     temperature: float = 1.0,  # of sampling, and so of scoring
     seed: int = 0,  # of the first weights of new adapters
 ) -> PolicyModel:
@@ -284,7 +303,7 @@ def load_policy(
             hf = get_peft_model(hf, settings)
     unused = range(len(processor.tokenizer), hf.get_output_embeddings().weight.shape[0])
     return PolicyModel(hf, pad_ids=tuple(processor.pad_ids.values()), banned_ids=(*processor.banned_ids, *unused),
-                       temperature=temperature, train_vision=train_vision)
+                       temperature=temperature, train_vision=train_vision, attention=attention)
 
 # %% ../nbs/05_policy.ipynb #d4771263
 def rollout_batch(
@@ -311,7 +330,7 @@ def group_logps(
     found = policy(rollout_batch(policy, alone), entropy=entropy)
     return tuple(x.flatten(0, 1) for x in found) if entropy else found.flatten(0, 1)
 
-# %% ../nbs/05_policy.ipynb #3f6c6ad4
+# %% ../nbs/05_policy.ipynb #75e11532
 def save_policy(
     policy: PolicyModel,  # what to save
     processor: Processor,  # saved beside it
