@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['log', 'TOLERANCE', 'available_kernels', 'repeated_attention', 'KernelCheck', 'check_kernels', 'fastest_kernel']
 
-# %% ../nbs/04c_kernels.ipynb #f4b19f38
+# %% ../nbs/04c_kernels.ipynb #551e8586
 import functools
 import logging
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ def repeated_attention(
         parts.append(F.scaled_dot_product_attention(*row, attn_mask=mask))
     return torch.cat([parts[0][:, :, :width], *(part[:, :, width:] for part in parts)], dim=2).transpose(1, 2)
 
-# %% ../nbs/04c_kernels.ipynb #3f6ac2a9
+# %% ../nbs/04c_kernels.ipynb #77f38873
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
 
@@ -62,14 +63,42 @@ class KernelCheck:
     reason: str = ""  # why it is not used; empty when it can be
 
 
-def _passes(attention, inputs: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    out = attention(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves, weights)]
+@dataclass(frozen=True)
+class _Case:
+    inputs: list[Tensor]  # queries (B, heads, P + G * T, d), keys, values
+    weights: Tensor  # (B, P + G * T, heads, d), gradient of the output
+    prompt_mask: Tensor  # (B, P) bool
+    group_size: int  # G
+    n_tokens: int  # T
+
+    def passes(self, attention: Callable[..., Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+        "The output and the three gradients."
+        leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in self.inputs]
+        out = attention(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, self.weights.to(out.dtype))]
+
+    def packed(self, kernel: str) -> list[Tensor]:
+        layout = shared_prefix_layout(self.prompt_mask, self.group_size, self.n_tokens, kernel)
+        scale = self.inputs[0].shape[-1] ** -0.5
+        return self.passes(lambda *inputs: shared_prefix_attention(nn.Module(), *inputs, layout, scaling=scale)[0])
+
+    def repeated(self) -> list[Tensor]:
+        return self.passes(lambda *inputs: repeated_attention(*inputs, self.prompt_mask, self.group_size), torch.float64)
 
 
 def _relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return max(float((f.double() - e).norm() / e.norm()) for f, e in zip(found, expected, strict=True))
+
+
+def _seconds(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    found = []
+    for _ in range(repeats + 2):  # the first two compile and warm up
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(time.perf_counter() - start)
+    return statistics.median(found[2:])
 
 
 def check_kernels(
@@ -90,43 +119,22 @@ def check_kernels(
     device, generator = torch.device(device), torch.Generator().manual_seed(seed)
     tolerance = TOLERANCE[dtype] if tolerance is None else tolerance
 
-    def case(sizes: tuple[int, int, int], padding: int):
-        width, groups, n_tokens = sizes
+    def case(width: int, groups: int, n_tokens: int, *, padding: int) -> _Case:
         rows, length = 2 if padding else 1, width + groups * n_tokens
         shapes = [(rows, n, length, head_dim) for n in (n_heads, n_kv_heads, n_kv_heads)] + [(rows, length, n_heads, head_dim)]
-        inputs = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+        *inputs, weights = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
         prompt_mask = torch.ones(rows, width, dtype=torch.bool, device=device)
         prompt_mask[-1, :padding] = False
-        return inputs[:3], inputs[3], prompt_mask, groups, n_tokens
+        return _Case(inputs, weights, prompt_mask, groups, n_tokens)
 
-    def attention(kernel: str, prompt_mask: Tensor, groups: int, n_tokens: int):
-        layout = shared_prefix_layout(prompt_mask, groups, n_tokens, kernel)
-        return lambda *inputs: shared_prefix_attention(nn.Module(), *inputs, layout, scaling=head_dim**-0.5)[0]
-
-    def error_of(kernel: str) -> float:
-        return max(_relative_error(_passes(attention(kernel, mask, groups, n), inputs, weights), expected)
-                   for (inputs, weights, mask, groups, n), expected in zip(cases, references))
-
-    def seconds_of(kernel: str) -> float:
-        inputs, weights, *rest = timed_case
-        run, found = attention(kernel, *rest), []
-        for _ in range(repeats + 2):
-            start = time.perf_counter()
-            _passes(run, inputs, weights)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            found.append(time.perf_counter() - start)
-        return statistics.median(found[2:])
-
-    cases, timed_case, checks = [case(checked, padding) for padding in (0, 5)], case(timed, 0), []
-    references = [_passes(lambda *x: repeated_attention(*x, mask, groups), [x.double() for x in inputs], weights.double())
-                  for inputs, weights, mask, groups, _ in cases]
+    small, large, checks = [case(*checked, padding=padding) for padding in (0, 5)], case(*timed, padding=0), []
+    expected = [one.repeated() for one in small]
     for kernel in kernels or available_kernels(device, dtype):
         error, seconds, reason = None, None, ""
         try:
-            error = error_of(kernel)
+            error = max(_relative_error(one.packed(kernel), right) for one, right in zip(small, expected))
             if error <= tolerance:
-                seconds = seconds_of(kernel)
+                seconds = _seconds(functools.partial(large.packed, kernel), device, repeats)
             else:
                 reason = f"its relative error is {error:.2g}, allowed is {tolerance:g}"
         except Exception as problem:  # a compiler, a driver, a kernel: whatever it is, another kernel does the work
