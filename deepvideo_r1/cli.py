@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'toy', 'world', 'train', 'with_preset', 'AskConfig', 'ask', 'parse', 'main']
 
-# %% ../nbs/20_cli.ipynb #76fc9a2c
+# %% ../nbs/20_cli.ipynb #7f4b5f44
 import contextlib
 import functools
 import io
@@ -26,7 +26,7 @@ from .config import PromptConfig
 from .core import Sample
 from .experiment import PRESETS, RunConfig, disk_error, run_training
 from .policy import load_policy
-from .prompt import build_prompt, load_processor, load_visuals
+from .prompt import build_prompt, load_processor
 from .rollout import rollout_groups
 from .study import quiet, run_toy
 from .toy import ToyConfig
@@ -91,7 +91,7 @@ def with_preset(arguments: Sequence[str]) -> tuple[list[str], RunConfig | None]:
         raise ValueError(f"--preset is {name!r}, allowed are {', '.join(PRESETS)}")
     return arguments[:at] + arguments[at + 2 :], PRESETS[name]()
 
-# %% ../nbs/20_cli.ipynb #de36b14c
+# %% ../nbs/20_cli.ipynb #ad364136
 @dataclass(frozen=True)
 class AskConfig:
     "One question about one video."
@@ -109,8 +109,7 @@ def ask(config: Annotated[AskConfig, tyro.conf.arg(name="")]) -> None:
     """Ask a checkpoint one question about one video, and print its response."""
     sample = Sample(id="question", video=config.video, question=config.question, answer="?")
     processor = load_processor(config.model)
-    visuals = load_visuals(sample, processor, max_frames=config.prompt.max_frames, fps=config.prompt.fps,
-                           max_pixels=config.prompt.max_pixels)
+    visuals = config.prompt.loader()(sample, processor)
     prompt = build_prompt(sample, visuals, processor, template=config.prompt.template)
     policy = load_policy(config.model, dtype=config.dtype).to(Accelerator().device)
     rollout, = rollout_groups(policy, processor, [sample], [prompt], [(config.seed, "ask")], group_size=1,

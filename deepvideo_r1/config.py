@@ -5,18 +5,22 @@
 # %% auto #0
 __all__ = ['PromptConfig', 'RolloutConfig', 'ObjectiveConfig', 'TrainConfig']
 
-# %% ../nbs/13a_config.ipynb #2cddcdec
+# %% ../nbs/13a_config.ipynb #f73d984a
+import functools
 import inspect
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Annotated
 
 import tyro
 
 from .baselines import NEEDS_REFERENCE, OBJECTIVES
+from .clip_cache import clip_loader
+from .core import Clip
 from .grpo import LENGTH_NORMS
 from .prompt import TEMPLATES
 
-# %% ../nbs/13a_config.ipynb #1956c600
+# %% ../nbs/13a_config.ipynb #fc4eee75
 @dataclass(frozen=True)
 class PromptConfig:
     "How a question is shown."
@@ -35,6 +39,11 @@ class PromptConfig:
         if self.cache_dir == "" or not 0 < self.cache_gb < float("inf"):
             raise ValueError("prompt.cache_dir must name a folder or be None and cache_gb be above 0 and finite, got "
                              f"{self.cache_dir!r} and {self.cache_gb}")
+
+    def loader(self) -> Callable[..., list[tuple[str, Clip]]]:
+        "`load_visuals(sample, processor, timeout=None)` with these settings, from the disk where clips are kept there."
+        return functools.partial(clip_loader(self.cache_dir, self.cache_gb), max_frames=self.max_frames, fps=self.fps,
+                                 max_pixels=self.max_pixels)
 
 
 @dataclass(frozen=True)

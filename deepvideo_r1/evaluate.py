@@ -6,7 +6,7 @@
 __all__ = ['HIDDEN_META', 'parsed_answer', 'parsed_evidence', 'collect_rows', 'evaluate', 'accuracy', 'ious', 'recall_at',
            'summarise', 'paired_gain']
 
-# %% ../nbs/17_evaluate.ipynb #7f631f7c
+# %% ../nbs/17_evaluate.ipynb #5613110e
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +16,6 @@ from accelerate import Accelerator
 
 from .answers import parse_number, parse_span, parse_spans, read_choice
 from .checkpoint import disk_errors, read_metrics, write_whole
-from .clip_cache import clip_loader
 from .config import PromptConfig
 from .core import Clip, Rollout, Sample
 from .experiment import mean_interval
@@ -51,7 +50,7 @@ def parsed_evidence(
     spans = parse_spans(read_block(text, "glue") or "")
     return [list(span) for span in spans] if spans else None
 
-# %% ../nbs/17_evaluate.ipynb #c9f548ff
+# %% ../nbs/17_evaluate.ipynb #c4e94a92
 HIDDEN_META = ("response", "trace", "show_answer")  # long, and about how a question is learnt; not kept in rows
 
 
@@ -78,8 +77,7 @@ def _ask(policy, processor, samples, load, prompt, temperature, n_responses, max
     asked, rows = {}, {}
     for sample in samples:
         try:
-            visuals = load(sample, processor, max_frames=prompt.max_frames, fps=prompt.fps,
-                           max_pixels=prompt.max_pixels, timeout=timeout)
+            visuals = load(sample, processor, timeout=timeout)
             asked[sample.id] = sample, visuals, build_prompt(sample, visuals, processor, template=prompt.template)
         except VideoError as error:
             rows[sample.id] = {"id": sample.id, "question": sample.question, "group": sample.meta.get("level", "all"),
@@ -143,7 +141,7 @@ def evaluate(
     done = _answered(path, samples, temperature)
     todo = [s for s in samples if s.id not in done][rank::world]
     mine = Path(path).with_suffix(f".process{rank}{Path(path).suffix}") if world > 1 else path
-    load = clip_loader(prompt.cache_dir, prompt.cache_gb)
+    load = prompt.loader()
     for start in range(0, len(todo), batch_prompts):
         part = todo[start : start + batch_prompts]
         rows = _ask(policy, processor, part, load, prompt, temperature, n_responses, max_tokens, seed, timeout)

@@ -6,7 +6,7 @@
 __all__ = ['VARIANTS', 'ARMS', 'DEFAULT_ARMS', 'ColdStartConfig', 'ToyConfig', 'arm_config', 'config_hash', 'SftExamples',
            'load_examples', 'vision_loss', 'sft_loss', 'cosine_rate', 'cold_start', 'tercile_names', 'knob_curve']
 
-# %% ../nbs/16_toy.ipynb #4742e3bb
+# %% ../nbs/16_toy.ipynb #032fc4e6
 import hashlib
 import json
 import math
@@ -29,7 +29,7 @@ from .datasets import load_samples
 from .experiment import RunConfig, mean_interval
 from .hints import make_hint
 from .policy import PolicyModel, load_policy, make_batch, make_tiny_checkpoint, save_policy
-from .prompt import Processor, build_prompt, load_processor, load_visuals
+from .prompt import Processor, build_prompt, load_processor
 from .rollout import rollout_groups
 from .trainer import score
 from .world import COLOURS, PLACES, WorldConfig, make_world, world_texts
@@ -124,7 +124,7 @@ def config_hash(
     text = json.dumps(contents, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
 
-# %% ../nbs/16_toy.ipynb #06163b48
+# %% ../nbs/16_toy.ipynb #d203933c
 @dataclass(frozen=True)
 class SftExamples:
     "Annotated questions, ready to be batched."
@@ -143,12 +143,11 @@ def load_examples(
 ) -> SftExamples:
     "Reads questions with responses; the true colours and places come from their clean traces."
     samples, tokenizer = load_samples(path), processor.tokenizer
-    stop, prompts, targets, seen = tokenizer.eos_token_id, [], [], {}
+    stop, prompts, targets, seen, load = tokenizer.eos_token_id, [], [], {}, prompt.loader()
     for sample in samples:
         known = seen.setdefault(sample.video, {})
         if not known:
-            known["visuals"] = load_visuals(sample, processor, max_frames=prompt.max_frames, fps=prompt.fps,
-                                            max_pixels=prompt.max_pixels)
+            known["visuals"] = load(sample, processor)
         built = build_prompt(sample, known["visuals"], processor, template=prompt.template,
                              show_answer=sample.meta.get("show_answer", False))
         known.setdefault("prompt", built)
@@ -288,7 +287,7 @@ def cold_start(
     shutil.rmtree(directory / "checkpoints", ignore_errors=True)
     return world, directory / "model", result | {"reused": False}
 
-# %% ../nbs/16_toy.ipynb #2d024804
+# %% ../nbs/16_toy.ipynb #06fc810b
 def tercile_names(
     samples: Sequence[Sample],  # with `contrast` in their meta
 ) -> list[str]:
@@ -313,8 +312,8 @@ def knob_curve(
     seed: int = 0,  # of noise and sampling
 ) -> list[dict]:  # rows of level, tercile, accuracy, ci, n
     "Sampled accuracy with 95 % intervals at each level of a knob, over all questions and by tercile of contrast."
-    visuals = [load_visuals(s, processor, max_frames=prompt.max_frames, fps=prompt.fps, max_pixels=prompt.max_pixels)
-               for s in samples]
+    load = prompt.loader()
+    visuals = [load(s, processor) for s in samples]
     names, rows = tercile_names(samples), []
     for level in levels:
         prompts = []

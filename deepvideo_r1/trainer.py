@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['step_indices', 'score', 'TrainingError', 'Trainer', 'save_checkpoint', 'load_checkpoint', 'fit']
 
-# %% ../nbs/14_trainer.ipynb #e60e242d
+# %% ../nbs/14_trainer.ipynb #fa9efe1d
 import copy
 import json
 import math
@@ -27,7 +27,6 @@ from .advantage import is_vanishing
 from .augment import AugmentConfig, augment_groups
 from .baselines import OBJECTIVES, SAMPLED_FROM_REFERENCE
 from .checkpoint import Stopped, disk_errors, publish_checkpoint, read_metrics, stop_flag, whole_checkpoints, write_whole
-from .clip_cache import clip_loader
 from .config import ObjectiveConfig, PromptConfig, RolloutConfig, TrainConfig
 from .core import Prompt, Rollout, Sample, make_generator
 from .difficulty import ReplayBuffer, absolute_difficulty
@@ -63,7 +62,7 @@ def score(
     named = {name: torch.tensor([p[name] for p in parts]) for name in parts[0]}
     return replace(rollout, rewards=torch.tensor(totals), reward_parts=named)
 
-# %% ../nbs/14_trainer.ipynb #9470fcad
+# %% ../nbs/14_trainer.ipynb #1c2215cb
 class TrainingError(RuntimeError):
     "The run cannot go on; the message names the cause and the step."
 
@@ -105,9 +104,8 @@ class Trainer:
         self.policy = self.accelerator.unwrap_model(self.model)
         self.buffer = ReplayBuffer(augment.window, min_samples=augment.min_samples)
         self.next_step, self.responses, self._sampled, self.bad_clips, self.seen = 0, 0, 0, {}, set()
-        load = clip_loader(prompt.cache_dir, prompt.cache_gb)
-        self.visuals = lru_cache(clip_cache)(lambda i: load(
-            samples[i], processor, max_frames=prompt.max_frames, fps=prompt.fps, max_pixels=prompt.max_pixels))
+        load = prompt.loader()
+        self.visuals = lru_cache(clip_cache)(lambda i: load(samples[i], processor))
 
     # --- one step -------------------------------------------------------------------------------------------------
 

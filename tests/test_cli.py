@@ -144,6 +144,10 @@ def test_evaluate_and_ask(cli, trained_model, tiny_world, tmp_path):
     with_video, without = cli.run(*ask, "--video", video), cli.run(*ask)
     assert with_video.code == without.code == 0 and with_video.stderr == ""
     assert with_video.stdout.strip() and with_video.stdout != without.stdout
+    kept = tmp_path / "clips"
+    for _ in range(2):  # decoded, then from the disk
+        assert cli.run(*ask, "--video", video, "--prompt.cache-dir", kept).stdout == with_video.stdout
+    assert len(list(kept.rglob("*.safetensors"))) == 1
 
 
 def train_arguments(model, world, out, *more):
