@@ -34,7 +34,7 @@ from .rollout import rollout_groups
 from .trainer import score
 from .world import COLOURS, PLACES, WorldConfig, make_world, world_texts
 
-# %% ../nbs/16_toy.ipynb #b50a779c
+# %% ../nbs/16_toy.ipynb #ce695f9f
 VARIANTS: dict[str, dict[str, object]] = {  # ending of an arm's name -> what it changes in `augment`
     "": {"enabled": False},
     "_da": {},  # as configured: both directions, every group
@@ -43,6 +43,7 @@ VARIANTS: dict[str, dict[str, object]] = {  # ending of an arm's name -> what it
     "_hint": {"noise_scale": 0.0, "mask_scale": 0.0},  # only easier
     "_fade": {"hint_fade_steps": 25},  # hints are gone after 25 steps
     "_both": {"keep_first": True},  # the first groups are trained on as well
+    "_both_redraw": {"keep_first": True, "control": True},  # its control: both draws of every group are trained on
     "_absolute": {"difficulty": "absolute"},  # Table 6
     "_fixed": {"schedule": "fixed", "max_sigma": 0.15, "max_hint": 0.5},  # Table 8
     "_vanishing": {"replace": "vanishing"},  # a second group only where the first one vanishes
