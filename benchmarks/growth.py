@@ -62,17 +62,14 @@ def draw(lines: dict[str, list[dict]], settings: Settings) -> str:
 
 
 def main(settings: Settings) -> None:
-    started, known = time.perf_counter(), {}
+    started = time.perf_counter()
     policy, small = make_policy(settings), dict(side=2, words=10) if settings.quick else {}
     for run in make_sides(policy, make_rollout(policy, make_prompt(policy, 30, side=2, words=10), 2, 4)).values():
         run()  # loads libraries and makes the gradients
     lines = settings.cases()
-    for size in sorted({size for sizes in lines.values() for size in sizes}):
-        length, n_tokens, groups = size
-        rollout = make_rollout(policy, make_prompt(policy, length, **small), groups, n_tokens)
-        known[size] = case = measure(policy, rollout, settings, ("repeated", "packed"))
-        case["speedup"] = case["sides"]["repeated"][clock(settings)] / case["sides"]["packed"][clock(settings)]
-        print(f"P={length} C={n_tokens} G={groups}: {case['speedup']:.2f}x", flush=True)
+    sizes = sorted({size for sizes in lines.values() for size in sizes})
+    rollouts = [make_rollout(policy, make_prompt(policy, length, **small), groups, n_tokens) for length, n_tokens, groups in sizes]
+    known = dict(zip(sizes, measure(policy, rollouts, settings, ("repeated", "packed"))))
     found = {axis: [known[size] for size in sizes] for axis, sizes in lines.items()}
     columns = ["P", "C", "G", "repeated s", "packed s", "faster", "repeated MiB", "packed MiB"]
     table = [[case["P"], case["C"], case["G"], *(case["sides"][side][clock(settings)] for side in LABELS), case["speedup"],

@@ -8,7 +8,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -192,10 +193,33 @@ def _resident(name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
 
 
+_mapped_from = 2**25  # bytes: 32 MiB is where glibc's own adaptation ends in a program like this one
+
+
 def _map_blocks_from(size: int) -> None:
-    "Sets glibc's M_MMAP_THRESHOLD; 32 MiB is where its own adaptation ends in a program like this one."
+    "Sets glibc's M_MMAP_THRESHOLD."
+    global _mapped_from
+    _mapped_from = size
     ctypes.CDLL(None).mallopt(-3, size)
     ctypes.CDLL(None).mallopt(-1, 2 * size)  # M_TRIM_THRESHOLD, as in that adaptation
+
+
+@contextmanager
+def clean_heap(options: Options) -> Iterator[None]:
+    """Maps every block of 64 KiB or more on its own for as long as it lasts: for runs before a measured one.
+
+    A run without it leaves free blocks in the heap, which malloc hands out again and does not give back: the next
+    `PeakMemory` would count what has long been freed, a quarter too much or more.
+    """
+    if options.device != "cpu" or not sys.platform.startswith("linux"):
+        yield
+        return
+    before = _mapped_from
+    _map_blocks_from(2**16)
+    try:
+        yield
+    finally:
+        _map_blocks_from(before)
 
 
 class PeakMemory:
@@ -218,6 +242,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
         elif self.known:
+            self.outside = _mapped_from
             _map_blocks_from(2**16)
             ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
@@ -230,7 +255,7 @@ class PeakMemory:
             return (torch.cuda.max_memory_allocated() - self.before) / 2**20
         if not self.known:
             return None
-        _map_blocks_from(2**25)
+        _map_blocks_from(self.outside)
         return (_resident("VmHWM") - self.before) / 2**20
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 import tyro
 from flops import counter, minimum_flops
-from harness import (Options, check_equal, clock, gradients, interleaved, make_policy, make_prompt, make_rollout, peak_memory,
-                     save, show, use_attention)
+from harness import (Options, check_equal, clean_heap, clock, gradients, interleaved, make_policy, make_prompt, make_rollout,
+                     peak_memory, save, show, use_attention)
+from rich.progress import track
 from torch import Tensor
 
 from deepvideo_r1.core import Rollout
@@ -92,8 +93,8 @@ def split_attention(policy: PolicyModel) -> Iterator[None]:
         policy.attention = chosen
 
 
-def measure(policy: PolicyModel, rollout: Rollout, options: Options, names: tuple[str, ...] = SIDES) -> dict:
-    "Equality, FLOPs, peak memory and seconds of one case."
+def inspect(policy: PolicyModel, rollout: Rollout, options: Options, names: tuple[str, ...] = SIDES) -> dict:
+    "Equality, FLOPs and peak memory of one case."
     sides = {name: run for name, run in make_sides(policy, rollout).items() if name in names}
     groups, n_tokens = rollout.completion_ids.shape
     parts = minimum_flops(policy.base, len(rollout.prompt.prompt_ids), n_tokens, groups, rollout.prompt.grid_thw)
@@ -112,12 +113,22 @@ def measure(policy: PolicyModel, rollout: Rollout, options: Options, names: tupl
             first = logps[0], grads
         else:
             case["sides"][name] |= check_equal(f"{name}, P={case['P']}", (logps[0], first[0]), (grads, first[1]), options)
-    del first, grads, logps
-    for name, seconds in interleaved(sides, options).items():
-        case["sides"][name] |= seconds
-        if options.peak_tflops:
-            case["sides"][name]["utilisation"] = case["minimum_gflop"] / 1e3 / seconds["wall_s"] / options.peak_tflops
     return case
+
+
+def measure(policy: PolicyModel, rollouts: list[Rollout], options: Options, names: tuple[str, ...] = SIDES) -> Iterator[dict]:
+    "All cases: first the equality, FLOPs and peak memory of each, then its seconds, with which it is yielded."
+    with clean_heap(options):
+        cases = [inspect(policy, rollout, options, names) for rollout in track(rollouts, "memory and FLOPs", transient=True)]
+    for case, rollout in zip(cases, rollouts):
+        sides = {name: run for name, run in make_sides(policy, rollout).items() if name in names}
+        for name, seconds in interleaved(sides, options).items():
+            case["sides"][name] |= seconds
+            if options.peak_tflops:
+                case["sides"][name]["utilisation"] = case["minimum_gflop"] / 1e3 / seconds["wall_s"] / options.peak_tflops
+        case["speedup"] = case["sides"]["repeated"][clock(options)] / case["sides"]["packed"][clock(options)]
+        print(f"P={case['P']} C={case['C']} G={case['G']}: {case['speedup']:.2f}x", flush=True)
+        yield case
 
 
 def main(settings: Settings) -> None:
@@ -126,18 +137,16 @@ def main(settings: Settings) -> None:
     for run in make_sides(policy, make_rollout(policy, make_prompt(policy, 30, side=2, words=10), 2, 4)).values():
         run()  # loads libraries and makes the gradients
     cases, side = [], 2 if settings.quick else 9
-    for length, n_tokens, groups in settings.cases():
-        prompt = make_prompt(policy, length, side=side, words=10 if settings.quick else 64)
-        case = measure(policy, make_rollout(policy, prompt, groups, n_tokens), settings)
+    rollouts = [make_rollout(policy, make_prompt(policy, length, side=side, words=10 if settings.quick else 64), groups, n_tokens)
+                for length, n_tokens, groups in settings.cases()]
+    for case in measure(policy, rollouts, settings):
         rows, key = case["sides"], clock(settings)
-        case["speedup"] = rows["repeated"][key] / rows["packed"][key]
         case["speedup_over_vision_once"] = rows["vision_once"][key] / rows["packed"][key]
         if rows["packed"]["peak_mib"]:
             case["memory_ratio"] = rows["packed"]["peak_mib"] / rows["repeated"]["peak_mib"]
         cases.append(case)
         kernel = policy.attention_kernel(policy.get_input_embeddings().weight)
         path = save("repeated_vs_packed", settings, cases, weights=sum(p.numel() for p in policy.parameters()), attention_kernel=kernel)
-        print(f"P={length} C={n_tokens} G={groups}: {case['speedup']:.2f}x", flush=True)
     columns = ["P", "C", "G", "side", "CPU s", "wall s", "faster", "GFLOP", "of minimum", "peak MiB", "of repeated", "logp diff",
                "grad diff"] + ["utilisation"] * bool(settings.peak_tflops)
     table = []

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'TOLERANCE', 'available_kernels', 'repeated_attention', 'KernelCheck', 'check_kernels', 'fastest_kernel']
 
-# %% ../nbs/04c_kernels.ipynb #551e8586
+# %% ../nbs/04c_kernels.ipynb #e9909550
 import functools
 import logging
 import statistics
@@ -18,22 +18,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .packing import KERNELS, causal_prompt_mask, shared_prefix_attention, shared_prefix_layout
+from .packing import KERNELS, SharedPrefix, shared_prefix_attention, shared_prefix_layout
 
 log = logging.getLogger(__name__)
 
-# %% ../nbs/04c_kernels.ipynb #71419e62
+# %% ../nbs/04c_kernels.ipynb #81b4429d
 def available_kernels(
     device: torch.device | str,  # where attention is computed
     dtype: torch.dtype,  # of queries, keys and values
+    padded: bool = False,  # prompts of different lengths in a batch
 ) -> tuple[str, ...]:  # of `KERNELS`
     "The kernels that can run there, forward and backward."
     if torch.device(device).type != "cuda":
         return ("split",)
-    half = dtype in (torch.float16, torch.bfloat16)
-    return tuple(k for k in KERNELS if k != "flash" or half)
+    flash = dtype in (torch.float16, torch.bfloat16) and not padded
+    return tuple(k for k in KERNELS if k != "flash" or flash)
 
-# %% ../nbs/04c_kernels.ipynb #acdea9d8
+# %% ../nbs/04c_kernels.ipynb #f21b10cd
 def repeated_attention(
     query: Tensor,  # (B, heads, P + G * T, d)
     key: Tensor,  # (B, key heads, P + G * T, d)
@@ -44,13 +45,15 @@ def repeated_attention(
     "Attention over G rows [prompt, y], put together as the packed row has it; scores are scaled by 1/sqrt(d)."
     width, n_tokens = prompt_mask.shape[1], (query.shape[2] - prompt_mask.shape[1]) // group_size
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    mask, parts = causal_prompt_mask(F.pad(prompt_mask, (0, n_tokens), value=True)), []
+    real, place, parts = F.pad(prompt_mask, (0, n_tokens), value=True), torch.arange(width + n_tokens, device=query.device), []
+    mask = (place <= place[:, None]) & real[:, None, :] | (place == place[:, None])  # before it and real, or itself
+    mask = mask[:, None]
     for start in range(width, query.shape[2], n_tokens):
         row = [torch.cat([x[:, :, :width], x[:, :, start : start + n_tokens]], dim=2) for x in (query, key, value)]
         parts.append(F.scaled_dot_product_attention(*row, attn_mask=mask))
     return torch.cat([parts[0][:, :, :width], *(part[:, :, width:] for part in parts)], dim=2).transpose(1, 2)
 
-# %% ../nbs/04c_kernels.ipynb #77f38873
+# %% ../nbs/04c_kernels.ipynb #17212550
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
 
@@ -58,9 +61,9 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, tor
 class KernelCheck:
     "What was found of one kernel."
     kernel: str  # one of `KERNELS`
-    error: float | None  # largest relative error; None when it did not run
-    seconds: float | None  # of a forward and a backward pass; None when it is not used
-    reason: str = ""  # why it is not used; empty when it can be
+    error: float | None  # largest relative error; None when it broke before
+    seconds: float | None  # of a forward and a backward pass; None when it failed
+    reason: str = ""  # why it failed; empty when it can be used
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,10 @@ class _Case:
         out = attention(*leaves)
         return [out.detach(), *torch.autograd.grad(out, leaves, self.weights.to(out.dtype))]
 
-    def packed(self, kernel: str) -> list[Tensor]:
-        layout = shared_prefix_layout(self.prompt_mask, self.group_size, self.n_tokens, kernel)
+    def layout(self, kernel: str) -> SharedPrefix:
+        return shared_prefix_layout(self.prompt_mask, self.group_size, self.n_tokens, kernel)
+
+    def packed(self, layout: SharedPrefix) -> list[Tensor]:
         scale = self.inputs[0].shape[-1] ** -0.5
         return self.passes(lambda *inputs: shared_prefix_attention(nn.Module(), *inputs, layout, scaling=scale)[0])
 
@@ -86,8 +91,8 @@ class _Case:
         return self.passes(lambda *inputs: repeated_attention(*inputs, self.prompt_mask, self.group_size), torch.float64)
 
 
-def _relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    return max(float((f.double() - e).norm() / e.norm()) for f, e in zip(found, expected, strict=True))
+def _relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> Tensor:
+    return torch.stack([(f.double() - e).norm() / e.norm() for f, e in zip(found, expected, strict=True)]).max()  # nan stays
 
 
 def _seconds(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
@@ -101,6 +106,8 @@ def _seconds(run: Callable[[], Any], device: torch.device, repeats: int) -> floa
     return statistics.median(found[2:])
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def check_kernels(
     device: torch.device | str,  # where
     dtype: torch.dtype,  # of queries, keys and values
@@ -109,8 +116,9 @@ def check_kernels(
     n_kv_heads: int,  # of keys and values
     head_dim: int,  # width of a head
     kernels: Sequence[str] | None = None,  # of `KERNELS`; None: `available_kernels`
-    checked: tuple[int, int, int] = (37, 3, 19),  # P, G, T of the comparison
+    checked: tuple[int, int, int] = (300, 3, 150),  # P, G, T of the comparison
     timed: tuple[int, int, int] = (712, 8, 128),  # P, G, T of the timing
+    padded: bool = False,  # time two rows, one of them padded
     tolerance: float | None = None,  # largest relative error; None: that of the precision in `TOLERANCE`
     repeats: int = 5,  # timed passes, of which the median counts; two more come before
     seed: int = 0,  # of the random inputs
@@ -127,22 +135,27 @@ def check_kernels(
         prompt_mask[-1, :padding] = False
         return _Case(inputs, weights, prompt_mask, groups, n_tokens)
 
-    small, large, checks = [case(*checked, padding=padding) for padding in (0, 5)], case(*timed, padding=0), []
+    small, large, checks = [case(*checked, padding=n) for n in (0, 5)], case(*timed, padding=40 * padded), []
     expected = [one.repeated() for one in small]
-    for kernel in kernels or available_kernels(device, dtype):
+    for kernel in kernels or available_kernels(device, dtype, padded):
         error, seconds, reason = None, None, ""
         try:
-            error = max(_relative_error(one.packed(kernel), right) for one, right in zip(small, expected))
+            errors = [_relative_error(one.packed(one.layout(kernel)), right) for one, right in zip(small, expected)]
+            error = float(torch.stack(errors).max())
             if error <= tolerance:
-                seconds = _seconds(functools.partial(large.packed, kernel), device, repeats)
+                seconds = _seconds(functools.partial(large.packed, large.layout(kernel)), device, repeats)
             else:
                 reason = f"its relative error is {error:.2g}, allowed is {tolerance:g}"
+        except torch.AcceleratorError:  # the device itself is broken: no kernel would run on it
+            raise
         except Exception as problem:  # a compiler, a driver, a kernel: whatever it is, another kernel does the work
             reason = f"{type(problem).__name__}: {(str(problem) or 'no message').splitlines()[0]}"
         checks.append(KernelCheck(kernel, error, seconds, reason))
+    if device.type == "cuda":
+        torch._dynamo.reset()  # what was compiled for the sizes here does not count against the limit of recompilations
     return checks
 
-# %% ../nbs/04c_kernels.ipynb #a0fadc8d
+# %% ../nbs/04c_kernels.ipynb #8939c2e6
 @functools.cache
 def fastest_kernel(
     device: torch.device,  # where
@@ -150,14 +163,15 @@ def fastest_kernel(
     n_heads: int,  # of queries
     n_kv_heads: int,  # of keys and values
     head_dim: int,  # width of a head
+    padded: bool = False,  # prompts of different lengths in a batch
 ) -> str:  # one of `KERNELS`
     "The fastest kernel that passes the comparison, measured once in a process; raises `RuntimeError` when none does."
-    names = available_kernels(device, dtype)
+    names = available_kernels(device, dtype, padded)
     if len(names) == 1:
         return names[0]
-    checks = check_kernels(device, dtype, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, kernels=names)
+    checks = check_kernels(device, dtype, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, kernels=names, padded=padded)
     found = [f"{c.kernel}: {c.reason or f'{1000 * c.seconds:.2f} ms'}" for c in checks]
-    log.info("attention on %s in %s: %s", device, dtype, "; ".join(found))
+    log.log(logging.WARNING if any(c.reason for c in checks) else logging.INFO, "attention on %s in %s: %s", device, dtype, "; ".join(found))
     if not (usable := [c for c in checks if not c.reason]):
         raise RuntimeError(f"no attention kernel computes what it should on {device} in {dtype}: {'; '.join(found)}")
     return min(usable, key=lambda c: c.seconds).kernel

@@ -51,7 +51,7 @@ def mrope_positions(
     tail = torch.arange(len(prompt_ids) - cursor) + following
     return torch.cat([*parts, tail.expand(3, -1)], dim=1), following + len(tail)
 
-# %% ../nbs/04a_packing.ipynb #ac820597
+# %% ../nbs/04a_packing.ipynb #ee073113
 KERNELS = ("split", "flash", "flex")
 
 
@@ -60,9 +60,10 @@ class SharedPrefix:
     "How a row [prompt, y1, ..., yG] is divided, with what the kernel needs to know who sees whom."
     prompt_length: int  # P
     group_size: int  # G
-    prompt_mask: Tensor | None = None  # (B, 1, P, P) bool, True where a prompt token may look; None without padding: at all before it
-    response_mask: Tensor | None = None  # (B * G, 1, T, P + T) bool, True where a response token may look; None: at all before it
-    block_mask: BlockMask | None = None  # of the whole row, for the kernel "flex", which needs no other
+    kernel: str = "split"  # one of `KERNELS`
+    prompt_mask: Tensor | None = None  # split: (B, 1, P, P) bool, True where a prompt token may look; None: "causal" says it
+    response_mask: Tensor | None = None  # split: (B * G, 1, T, P + T) bool, True where a response token may look
+    block_mask: BlockMask | None = None  # flex: who sees whom in the whole row
 
 
 def causal_prompt_mask(
@@ -102,18 +103,21 @@ def shared_prefix_layout(
         raise ValueError(f"kernel is {kernel!r}, allowed are {', '.join(KERNELS)}")
     width, padded = prompt_mask.shape[1], not prompt_mask.all()
     if kernel == "flex":
-        return SharedPrefix(width, group_size, block_mask=row_block_mask(prompt_mask, group_size, n_tokens))
+        return SharedPrefix(width, group_size, kernel, block_mask=row_block_mask(prompt_mask, group_size, n_tokens))
     if kernel == "flash" and not padded:
-        return SharedPrefix(width, group_size)
+        return SharedPrefix(width, group_size, kernel)
     among_response = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=prompt_mask.device).tril()
     to_prompt = prompt_mask.repeat_interleave(group_size, 0)[:, None, :].expand(-1, n_tokens, -1)
     rows = torch.cat([to_prompt, among_response.expand(len(to_prompt), -1, -1)], dim=-1)[:, None]
-    return SharedPrefix(width, group_size, causal_prompt_mask(prompt_mask) if padded else None, rows)
+    return SharedPrefix(width, group_size, "split", causal_prompt_mask(prompt_mask) if padded else None, rows)
+
+
+_causal_bias = functools.lru_cache(8)(causal_lower_right)  # no field of the layout: wrappers cast and copy what is there
 
 
 @functools.cache
 def _compiled_flex():
-    return torch.compile(flex_attention, dynamic=True)
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)  # fullgraph: an error, where it would else run uncompiled
 
 
 def shared_prefix_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
@@ -122,12 +126,14 @@ def shared_prefix_attention(module: nn.Module, query: Tensor, key: Tensor, value
     if not isinstance(attention_mask, SharedPrefix):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     width, groups, scale = attention_mask.prompt_length, attention_mask.group_size, kwargs.get("scaling")
-    if (block_mask := attention_mask.block_mask) is not None:
+    if attention_mask.kernel == "flex":
         flex = flex_attention if query.device.type == "cpu" else _compiled_flex()
-        return flex(query, key, value, block_mask=block_mask, scale=scale, enable_gqa=True).transpose(1, 2), None
-    (rows, n_heads), n_tokens = query.shape[:2], (query.shape[2] - width) // groups
-    how = {"scale": scale, "enable_gqa": query.device.type == "cpu" or attention_mask.response_mask is None}
-    if not how["enable_gqa"]:  # on a GPU no fused kernel takes a mask and fewer key heads
+        return flex(query, key, value, block_mask=attention_mask.block_mask, scale=scale, enable_gqa=True).transpose(1, 2), None
+    (rows, n_heads), is_flash = query.shape[:2], attention_mask.kernel == "flash"
+    if is_flash and torch.is_autocast_enabled(kind := query.device.type):  # a causal bias comes before autocast: cast here
+        query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
+    how = {"scale": scale, "enable_gqa": is_flash or query.device.type == "cpu"}
+    if not how["enable_gqa"]:  # on a GPU neither flash nor memory-efficient kernels take a mask and fewer key heads
         key, value = (x.repeat_interleave(n_heads // x.shape[1], dim=1) for x in (key, value))
     prompt = F.scaled_dot_product_attention(
         query[:, :, :width], key[:, :, :width], value[:, :, :width], attn_mask=attention_mask.prompt_mask,
@@ -139,10 +145,10 @@ def shared_prefix_attention(module: nn.Module, query: Tensor, key: Tensor, value
     def with_prompt(x: Tensor) -> Tensor:
         return torch.cat([x[:, :, :width].repeat_interleave(groups, 0), by_response(x[:, :, width:])], dim=2)
 
-    mask = attention_mask.response_mask
+    n_tokens = (query.shape[2] - width) // groups
     own = F.scaled_dot_product_attention(
         by_response(query[:, :, width:]), with_prompt(key), with_prompt(value),
-        attn_mask=causal_lower_right(n_tokens, width + n_tokens) if mask is None else mask, **how)
+        attn_mask=_causal_bias(n_tokens, width + n_tokens) if is_flash else attention_mask.response_mask, **how)
     own = own.unflatten(0, (rows, groups)).transpose(1, 2).flatten(2, 3)
     return torch.cat([prompt, own], dim=2).transpose(1, 2), None
 

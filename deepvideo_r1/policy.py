@@ -140,7 +140,7 @@ def make_batch(
         grid_thw=torch.cat([p.grid_thw for p in seen]) if seen else None,
         visual_features=torch.cat(features) if features else None)
 
-# %% ../nbs/05_policy.ipynb #c6824ed1
+# %% ../nbs/05_policy.ipynb #5e7f709c
 class PolicyModel(nn.Module):
     "A Qwen-VL model whose forward returns the log-probabilities of G responses to each of B prompts."
 
@@ -208,16 +208,16 @@ class PolicyModel(nn.Module):
         pads = torch.isin(batch.prompt_ids, torch.tensor(self.pad_ids, device=embeds.device)) & batch.prompt_mask
         return embeds.masked_scatter(pads[..., None], features.to(embeds.dtype))
 
-    def attention_kernel(self, inputs: Tensor) -> str:
+    def attention_kernel(self, inputs: Tensor, padded: bool = False) -> str:
         "The kernel for packed rows of these embeddings; raises `ValueError` when the one that was asked for cannot run there."
         kind = inputs.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else inputs.dtype
         if self.attention == "auto":
             text = self.base.config.text_config
             return fastest_kernel(inputs.device, dtype, text.num_attention_heads, text.num_key_value_heads,
-                                  self.base.model.language_model.layers[0].self_attn.head_dim)
+                                  self.base.model.language_model.layers[0].self_attn.head_dim, padded)
         if self.attention not in (allowed := available_kernels(inputs.device, dtype)):
-            raise ValueError(f"attention is {self.attention!r}, which cannot be trained with on {inputs.device} in {dtype}; "
+            raise ValueError(f"attention is {self.attention!r}, which does not run forward and backward on {inputs.device} in {dtype}; "
                              f"allowed there are auto, {', '.join(allowed)}")
         return self.attention
 
@@ -228,7 +228,8 @@ class PolicyModel(nn.Module):
         answers = self.get_input_embeddings()(batch.completion_ids.flatten(1))
         after = batch.next_position[:, None, None] + torch.arange(n_tokens, device=answers.device)
         after = after.expand(rows, groups, n_tokens).flatten(1)
-        layout = shared_prefix_layout(batch.prompt_mask, groups, n_tokens, self.attention_kernel(answers))
+        kernel = self.attention_kernel(answers, padded=rows > 1 and not batch.prompt_mask.all())
+        layout = shared_prefix_layout(batch.prompt_mask, groups, n_tokens, kernel)
         hidden = self.base.model.language_model(
             inputs_embeds=torch.cat([self.embed_prompts(batch), answers], dim=1), use_cache=False,
             position_ids=torch.cat([batch.prompt_positions, after.expand(3, -1, -1)], dim=2),
@@ -240,7 +241,7 @@ class PolicyModel(nn.Module):
         found = [x.view(rows, groups, n_tokens).masked_fill(~batch.completion_mask, 0.0) for x in (found if entropy else [found])]
         return tuple(found) if entropy else found[0]
 
-# %% ../nbs/05_policy.ipynb #3e222f28
+# %% ../nbs/05_policy.ipynb #b4fe95f9
 FAMILIES = {"qwen2_vl": Qwen2VLForConditionalGeneration, "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration}
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
@@ -270,7 +271,7 @@ def load_policy(
     lora_alpha: int = 32,  # LoRA scale is alpha / rank
     train_vision: bool = False,  # False: the encoder is frozen, as in the paper
     gradient_checkpointing: bool = False,  # recompute activations in the backward pass
-    attention: str = "auto",  # kernel of the packed rows: "split", "flash", "flex", or "auto", the fastest on the device
+    attention: str = "auto",  # kernel of the packed rows: "split", "flash", "flex", or "auto": the fastest on the device, by a measurement
     temperature: float = 1.0,  # of sampling, and so of scoring
     seed: int = 0,  # of the first weights of new adapters
 ) -> PolicyModel:

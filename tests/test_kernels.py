@@ -41,8 +41,8 @@ def test_every_kernel_computes_what_repeated_rows_compute(width, groups, n_token
 
 def test_flash_needs_no_mask_where_nothing_is_padded():
     real = torch.tensor([[True] * 5, [False] * 2 + [True] * 3])
-    assert shared_prefix_layout(real[:1], 2, 3, "flash").response_mask is None
-    assert shared_prefix_layout(real, 2, 3, "flash").response_mask is not None  # padded rows: split
+    assert shared_prefix_layout(real[:1], 2, 3, "flash").kernel == "flash"
+    assert shared_prefix_layout(real, 2, 3, "flash").kernel == "split"
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -76,16 +76,19 @@ def test_of_those_that_agree_the_fastest_is_chosen_once(monkeypatch, caplog):
     with caplog.at_level(logging.INFO, "deepvideo_r1.kernels"):
         found = {fastest_kernel(torch.device("cuda"), torch.bfloat16, 28, 4, 128) for _ in range(3)}
     assert found == {"flash"} and calls == [KERNELS] and "flex: no compiler" in caplog.text
+    assert caplog.records[-1].levelno == logging.WARNING
+    fastest_kernel(torch.device("cuda"), torch.bfloat16, 28, 4, 128, padded=True)
+    assert calls[1:] == [("split", "flex")]
 
 
 def test_a_kernel_that_breaks_or_computes_something_else_is_left_out(monkeypatch):
     real = kernels.shared_prefix_attention
 
     def broken(module, query, key, value, layout, **how):
-        if layout.block_mask is not None:
+        if layout.kernel == "flex":
             raise RuntimeError("no such instruction\nmore lines")
         out, _ = real(module, query, key, value, layout, **how)
-        return (out if layout.response_mask is not None else out * 1.1), None
+        return (out * 1.1 if layout.kernel == "flash" else out), None
 
     monkeypatch.setattr(kernels, "shared_prefix_attention", broken)
     split, flash, flex = check_kernels("cpu", torch.float32, **HEADS, kernels=KERNELS, timed=(20, 2, 4), repeats=1)
@@ -97,10 +100,45 @@ def test_a_kernel_that_breaks_or_computes_something_else_is_left_out(monkeypatch
 def test_a_kernel_that_cannot_be_trained_with_is_refused(tiny_model):
     rollout = make_rollout(tiny_model, VISUALS["words"])
     for kernel in ("flash", "flex"):
-        with pytest.raises(ValueError, match=f"'{kernel}', which cannot be trained with on cpu .* allowed there are auto, split"):
+        with pytest.raises(ValueError, match=f"'{kernel}', which does not run forward and backward on cpu .* allowed there are auto, split"):
             group_logps(load_policy(tiny_model, attention=kernel), rollout)
     with pytest.raises(ValueError, match="attention is 'sdpa', allowed are auto, split, flash, flex"):
         load_policy(tiny_model, attention="sdpa")
+
+
+def test_where_gradients_are_off_kernels_are_compared_all_the_same():
+    for off in (torch.no_grad, torch.inference_mode):
+        with off():
+            check, = check_kernels("cpu", torch.float32, **HEADS, timed=(20, 2, 4), repeats=1)
+        assert not check.reason and check.error < 1e-5
+
+
+def test_numbers_that_are_none_pass_nothing(monkeypatch):
+    real = kernels.shared_prefix_attention
+
+    class NanGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * torch.nan
+
+    monkeypatch.setattr(kernels, "shared_prefix_attention", lambda module, query, *rest, **how: real(module, NanGradient.apply(query), *rest, **how))
+    check, = check_kernels("cpu", torch.float32, **HEADS, timed=(20, 2, 4), repeats=1)
+    assert "nan" in check.reason
+
+
+@pytest.mark.parametrize("kernel", ["split", "flash"])
+def test_under_autocast_queries_and_values_differ_in_precision(tiny_model, kernel, monkeypatch):
+    monkeypatch.setattr(policy_module, "available_kernels", lambda *_: KERNELS)
+    rollout = make_rollout(tiny_model, VISUALS["a video"])
+    expected = group_logps(load_policy(tiny_model), rollout)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = group_logps(load_policy(tiny_model, attention=kernel), rollout)
+    found.sum().backward()
+    assert 0 < (found - expected).abs().max() < 0.3
 
 
 @pytest.mark.gpu
