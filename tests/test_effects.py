@@ -92,7 +92,8 @@ def test_trailing_means(values, window):
 @pytest.mark.parametrize("path", sorted(RECORDED.glob("*.jsonl")), ids=lambda path: path.stem)
 def test_recorded_runs_are_whole(path):
     runs = read_runs(path)
-    assert len({(r["arm"], r["cold_start"], r["seed"]) for r in runs}) == len(runs) > 1
+    setting = "study" if path.stem.endswith("_sweep") else "arm"  # a sweep repeats a run with other settings, each a study
+    assert len({(r[setting], r["arm"], r["cold_start"], r["seed"]) for r in runs}) == len(runs) > 1
     for found in runs:
         assert set(found["curves"]) == set(CURVES) and set(found["accuracy"]) == set(LEVELS)
         assert len({len(v) for v in found["curves"].values()}) == 1 and found["curves"]["responses"] == sorted(found["curves"]["responses"])
