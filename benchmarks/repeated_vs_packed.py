@@ -93,9 +93,8 @@ def split_attention(policy: PolicyModel) -> Iterator[None]:
         policy.attention = chosen
 
 
-def inspect(policy: PolicyModel, rollout: Rollout, options: Options, names: tuple[str, ...] = SIDES) -> dict:
+def inspect(policy: PolicyModel, rollout: Rollout, sides: dict[str, Callable[[], Tensor]], options: Options) -> dict:
     "Equality, FLOPs and peak memory of one case."
-    sides = {name: run for name, run in make_sides(policy, rollout).items() if name in names}
     groups, n_tokens = rollout.completion_ids.shape
     parts = minimum_flops(policy.base, len(rollout.prompt.prompt_ids), n_tokens, groups, rollout.prompt.grid_thw)
     case = dict(P=len(rollout.prompt.prompt_ids), C=n_tokens, G=groups, minimum_gflop=sum(parts.values()) / 1e9,
@@ -118,10 +117,11 @@ def inspect(policy: PolicyModel, rollout: Rollout, options: Options, names: tupl
 
 def measure(policy: PolicyModel, rollouts: list[Rollout], options: Options, names: tuple[str, ...] = SIDES) -> Iterator[dict]:
     "All cases: first the equality, FLOPs and peak memory of each, then its seconds, with which it is yielded."
+    runs = [{name: run for name, run in make_sides(policy, rollout).items() if name in names} for rollout in rollouts]
     with clean_heap(options):
-        cases = [inspect(policy, rollout, options, names) for rollout in track(rollouts, "memory and FLOPs", transient=True)]
-    for case, rollout in zip(cases, rollouts):
-        sides = {name: run for name, run in make_sides(policy, rollout).items() if name in names}
+        cases = [inspect(policy, rollout, sides, options)
+                 for rollout, sides in track(list(zip(rollouts, runs)), "memory and FLOPs", transient=True)]
+    for case, sides in zip(cases, runs):
         for name, seconds in interleaved(sides, options).items():
             case["sides"][name] |= seconds
             if options.peak_tflops:

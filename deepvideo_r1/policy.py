@@ -140,7 +140,7 @@ def make_batch(
         grid_thw=torch.cat([p.grid_thw for p in seen]) if seen else None,
         visual_features=torch.cat(features) if features else None)
 
-# %% ../nbs/05_policy.ipynb #5e7f709c
+# %% ../nbs/05_policy.ipynb #08aa98ef
 class PolicyModel(nn.Module):
     "A Qwen-VL model whose forward returns the log-probabilities of G responses to each of B prompts."
 
@@ -154,8 +154,6 @@ class PolicyModel(nn.Module):
         train_vision: bool = False,  # False: the encoder is frozen, as in the paper
         attention: str = "auto",  # kernel of the packed rows, one of `KERNELS`; "auto": the fastest on the device
     ):
-        if attention not in ("auto", *KERNELS):
-            raise ValueError(f"attention is {attention!r}, allowed are auto, {', '.join(KERNELS)}")
         super().__init__()
         self.hf, self.pad_ids, self.temperature, self.train_vision = hf, tuple(pad_ids), temperature, train_vision
         self.attention = attention
@@ -241,7 +239,7 @@ class PolicyModel(nn.Module):
         found = [x.view(rows, groups, n_tokens).masked_fill(~batch.completion_mask, 0.0) for x in (found if entropy else [found])]
         return tuple(found) if entropy else found[0]
 
-# %% ../nbs/05_policy.ipynb #b4fe95f9
+# %% ../nbs/05_policy.ipynb #322a4c3c
 FAMILIES = {"qwen2_vl": Qwen2VLForConditionalGeneration, "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration}
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
@@ -285,6 +283,8 @@ def load_policy(
         path, adapter = settings["base_model_name_or_path"], path
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype is {dtype!r}, allowed are 'float32' and 'bfloat16'")
+    if attention not in ("auto", *KERNELS):
+        raise ValueError(f"attention is {attention!r}, allowed are auto, {', '.join(KERNELS)}")
     config = _checked_config(path)
     processor = load_processor(path)
     try:

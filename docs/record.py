@@ -1,4 +1,7 @@
-"""Packs finished studies for the notebooks: `python docs/record.py NAME RUN_DIR...` writes `docs/recorded/NAME.jsonl`."""
+"""Packs finished studies for the notebooks: `python docs/record.py NAME RUN_DIR...` writes `docs/recorded/NAME.jsonl`.
+
+Each run keeps the name of its directory as `study`, which tells the settings of a sweep apart.
+"""
 import json
 import sys
 from pathlib import Path
