@@ -1,4 +1,5 @@
 """What difficulty-aware augmentation costs: responses sampled, videos encoded and seconds of a training step, on the toy."""
+import functools
 import statistics
 import tempfile
 from dataclasses import dataclass, replace
@@ -11,13 +12,13 @@ from accelerate import Accelerator
 from harness import Options, clock, save, show, timed
 from transformers.utils.logging import disable_progress_bar
 
-from deepvideo_r1.augment import AugmentConfig
-from deepvideo_r1.datasets import load_samples
-from deepvideo_r1.policy import load_policy
-from deepvideo_r1.prompt import load_processor
-from deepvideo_r1.toy import ColdStartConfig, ToyConfig, cold_start
+from deepvideo_r1.config import AugmentConfig
+from deepvideo_r1.data.datasets import load_samples
+from deepvideo_r1.model.policy import load_policy
+from deepvideo_r1.model.prompt import load_processor
+from deepvideo_r1.toy.cold_start import cold_start
+from deepvideo_r1.toy.config import ColdStartConfig, ToyConfig, WorldConfig
 from deepvideo_r1.trainer import Trainer
-from deepvideo_r1.world import WorldConfig
 
 WARM_UP = 2  # steps that are not counted: the buffer fills, files are decoded
 
@@ -38,10 +39,10 @@ class Settings(Options):
 def variants(augment: AugmentConfig) -> dict[str, AugmentConfig]:
     "What is compared: each samples second groups in another way."
     on = replace(augment, enabled=True)
-    return {"no augmentation": replace(augment, enabled=False), "second draw": replace(on, control=True),
+    return {"no augmentation": replace(augment, enabled=False), "second draw": replace(on, redraw_only=True),
             "noise alone": replace(on, hint_scale=0.0), "stored hints alone": replace(on, noise_scale=0.0),
             "augmentation, stored hints": on, "augmentation, sampled hints": replace(on, hint_source="sampled"),
-            "vanishing groups only": replace(on, replace="vanishing")}
+            "vanishing groups only": replace(on, second_group="vanishing")}
 
 
 def count_videos(trainer: Trainer) -> list[int]:
@@ -59,24 +60,26 @@ def main(settings: Settings) -> None:
     samples, processor = load_samples(world / "rl.jsonl"), load_processor(model)
     with tempfile.TemporaryDirectory() as folder:
         trainers = {name: Trainer(load_policy(model), processor, samples, folder, train=toy.train, prompt=toy.prompt, rollout=toy.rollout,
-                                  objective=toy.reg_grpo, augment=augment, accelerator=Accelerator(cpu=True), clip_cache=len(samples))
+                                  objective=toy.reg_grpo, augment=augment, accelerator=Accelerator(cpu=True))
                     for name, augment in variants(toy.augment).items()}
+        for trainer in trainers.values():  # every clip stays in memory: reading it again is not what is measured
+            trainer.feed.visuals = functools.cache(trainer.feed.visuals.__wrapped__)
         counters = {name: count_videos(trainer) for name, trainer in trainers.items()}
         rows: dict[str, list[dict[str, float]]] = {name: [] for name in trainers}
         for step in range(WARM_UP + steps):
             for name, trainer in trainers.items():  # in turns
                 counters[name].clear()
                 found: list[dict[str, float]] = []
-                before = trainer.responses
+                before = trainer.state.responses
                 seconds = timed(lambda: found.append(trainer.step()), settings)
-                row = found[0] | seconds | {"new_responses": trainer.responses - before, "videos": sum(counters[name])}
+                row = found[0] | seconds | {"new_responses": trainer.state.responses - before, "videos": sum(counters[name])}
                 if step >= WARM_UP:
                     rows[name].append(row)
     cases, plain = [], None
     for name, found in rows.items():
         mean = lambda key: statistics.fmean(row[key] for row in found)
         case: dict[str, Any] = {"variant": name, "responses": mean("new_responses"), "videos_encoded": mean("videos"),
-                                "vanishing": mean("vanishing_trained"), "no_trace": mean("no_trace_groups"),
+                                "vanishing": mean("vanishing_final"), "no_trace": mean("no_trace_groups"),
                                 "cpu_s": statistics.median(row["cpu"] for row in found), "wall_s": statistics.median(row["wall"] for row in found)}
         plain = plain or case
         cases.append(case | {"response_ratio": case["responses"] / plain["responses"], "time_ratio": case[clock(settings)] / plain[clock(settings)]})

@@ -27,7 +27,7 @@ from transformers import (GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForCondi
                           Qwen2ForCausalLM, Qwen2VLConfig, Qwen2VLForConditionalGeneration)
 
 from deepvideo_r1.core import Prompt, Rollout, Sample, make_generator
-from deepvideo_r1.policy import PolicyModel
+from deepvideo_r1.model.policy import PolicyModel
 
 IMAGE, VIDEO, START, END, EOS, PAD, FIRST_WORD = 1, 2, 3, 4, 5, 0, 8
 

@@ -13,7 +13,7 @@ from rich.progress import track
 from torch import Tensor
 
 from deepvideo_r1.core import Rollout
-from deepvideo_r1.policy import PolicyModel, group_logps
+from deepvideo_r1.model.policy import PolicyModel, group_logps
 
 SIDES = ("repeated", "vision_once", "packed")
 

@@ -11,8 +11,8 @@ from harness import (PAD, VIDEO, Options, check_equal, clock, interleaved, make_
 from torch import Tensor
 
 from deepvideo_r1.core import Prompt, make_generator
-from deepvideo_r1.policy import PolicyModel
-from deepvideo_r1.rollout import Completions, complete
+from deepvideo_r1.model.policy import PolicyModel
+from deepvideo_r1.model.rollout import Completions, complete
 
 
 @dataclass

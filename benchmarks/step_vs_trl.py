@@ -21,11 +21,11 @@ from harness import (EOS, PAD, Options, PeakMemory, check_equal, clock, make_pol
                      save, show, synchronize, use_attention)
 from torch import Tensor
 
-from deepvideo_r1.augment import AugmentConfig
-from deepvideo_r1.config import ObjectiveConfig, RolloutConfig, TrainConfig
+from deepvideo_r1.config import AugmentConfig, ObjectiveConfig, RolloutConfig, TrainConfig
 from deepvideo_r1.core import Prompt, Rollout, Sample
-from deepvideo_r1.packing import LogpHead
-from deepvideo_r1.policy import PolicyBatch, PolicyModel, group_logps
+from deepvideo_r1.model.packing import LogpHead
+from deepvideo_r1.model.batch import PolicyBatch
+from deepvideo_r1.model.policy import PolicyModel, group_logps
 from deepvideo_r1.trainer import Trainer
 
 LEARNING_RATE, KL, CLIP, BETAS, MAX_NORM = 1e-5, 0.04, 0.2, (0.9, 0.99), 1.0
@@ -81,7 +81,7 @@ class Stored(Trainer):
     def ask(self, sample: Sample, visuals: list, **how: Any) -> Prompt:
         return self.groups[sample.id].prompt
 
-    def sample(self, samples, prompts, purpose, features=None) -> list[Rollout]:
+    def roll_out(self, samples, prompts, stream, features=None, sampled=None) -> list[Rollout]:
         return [replace(self.groups[s.id], rewards=torch.tensor(rewards(self.groups[s.id].completion_ids.tolist())))
                 for s in samples]
 
@@ -100,7 +100,7 @@ def our_trainer(policy: PolicyModel, groups: list[Rollout], settings: Settings, 
                      rollout=RolloutConfig(group_size=settings.group_size),
                      objective=ObjectiveConfig("grpo", kl_coef=KL, clip_eps=CLIP, ddof=1, eps=1e-4),
                      augment=AugmentConfig(enabled=False), accelerator=Accelerator(cpu=settings.device == "cpu"))
-    trainer.groups, trainer.visuals = {group.sample.id: group for group in groups}, lambda index: []
+    trainer.groups, trainer.feed.visuals = {group.sample.id: group for group in groups}, lambda index: []
     return trainer
 
 

@@ -60,7 +60,7 @@ class Prompt:
     prompt_ids: Tensor  # (P,) int64, placeholders expanded
     patches: Tensor | None = None  # (n_patches, D) float32, all visuals one after the other
     grid_thw: Tensor | None = None  # (n_visuals, 3) int64: temporal, height and width patches of each visual
-    visual_kinds: tuple[str, ...] = ()  # "video" or "image", one for each visual, in order of appearance
+    modalities: tuple[str, ...] = ()  # "video" or "image", one for each visual, in order of appearance
     seconds_per_grid: tuple[float, ...] = ()  # seconds between two temporal steps, one for each visual
     text: str = ""  # the prompt as text, before placeholders were expanded
     prefix: str = ""  # text at the start of the assistant's turn, given and not trained on (a hint)
@@ -73,13 +73,13 @@ class Rollout:
     prompt: Prompt  # how it was asked, after any augmentation
     completion_ids: Tensor  # (G, T) int64, right-padded
     completion_mask: Tensor  # (G, T) bool, True on real tokens, the end-of-turn token included
-    old_logps: Tensor  # (G, T) float32, log-probability of each token when it was sampled
+    sampled_logps: Tensor  # (G, T) float32, log-probability of each token as the sampler reported it
     texts: tuple[str, ...] = ()  # the responses as text; a prefix hint is included
     rewards: Tensor | None = None  # (G,) float32 total reward
     reward_parts: dict[str, Tensor] = field(default_factory=dict)  # name -> (G,) float32
     visual_features: Tensor | None = None  # (n_visual_tokens, hidden) output of the frozen encoder, to be reused
     difficulty: float | None = None  # Eq. 9 for this prompt, known once the group has rewards
-    augmentation: dict[str, Any] = field(default_factory=dict)  # what was changed: {"kind": "noise", "sigma": 0.1}
+    augmentation: dict[str, Any] = field(default_factory=dict)  # what was changed: {"change": "noise", "sigma": 0.1}
 
 # %% ../nbs/00_core.ipynb #6a9e4cdd
 def make_generator(

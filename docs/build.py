@@ -22,8 +22,9 @@ NBS = ROOT / "nbs"
 CALLOUT = re.compile(r"^:::+ *\{\.callout-(\w+)[^}]*\}\s*?\n+(?:#+ +(.+?) *\n)?(.*?)^:::+ *$", re.M | re.S)
 # The target of [text](target); code and formulas are matched first, so that links are not seen inside them.
 LINK = re.compile(r"(?P<literal>^```.*?^```|`[^`\n]+`|\$\$.*?\$\$|\$[^$\n]+\$)|(?<=\]\()[^)\s]+", re.M | re.S)
-NOTEBOOK = re.compile(r"(?<!\[)`(\d\d[a-z]?_\w+)`")  # a notebook's name in backticks
 EXPORT = re.compile(r"^#\| *exporti?\b", re.M)
+WINGS = {"data": "Data", "model": "Model", "training": "Training", "evaluation": "Evaluation", "toy": "Toy study",
+         "explore": "Explore", "support": "Support"}  # folder of `nbs/` -> its heading in the contents
 TAGS = {"echo: false": "remove-input", "code-fold: true": "hide-input", "output: false": "remove-output"}
 
 
@@ -36,10 +37,12 @@ class PageFilter(FilterDefaults):
 
 
 def notebooks() -> list[Path]:
-    "Every notebook of the site: the index, the library in its order, then the folders below `nbs/`."
+    "Every notebook of the site: the index, the method and what runs it, then each wing in the order of its numbers."
     found = (path.relative_to(NBS) for path in NBS.rglob("*.ipynb"))
     found = sorted(path for path in found if not any(part[0] in "._" for part in path.parts))
-    return [NBS / path for path in sorted(found, key=lambda path: (len(path.parts), path.stem != "index"))]
+    wings = [*WINGS, *sorted({path.parts[0] for path in found if len(path.parts) > 1} - set(WINGS))]
+    place = lambda path: (-1 if len(path.parts) == 1 else wings.index(path.parts[0]), path.stem != "index")
+    return [NBS / path for path in sorted(found, key=place)]
 
 
 def page_name(path: Path) -> str:
@@ -76,8 +79,7 @@ def read_page(path: Path, nb=None) -> tuple[str, str, list[dict]]:
 
 def _cell(cell, states) -> dict:
     if cell.cell_type == "markdown":
-        named = lambda match: f"[{match[0]}]({match[1]}.ipynb)" if (NBS / f"{match[1]}.ipynb").exists() else match[0]
-        return dict(kind="markdown", source=NbdevLookup().linkify(NOTEBOOK.sub(named, cell.source)))
+        return dict(kind="markdown", source=NbdevLookup().linkify(cell.source))
     options = {f"{key} {' '.join(values)}".lower() for key, values in cell.directives_.items()}
     if re.match("show_doc", cell.source.splitlines()[-1]):
         options.add("echo: false")
@@ -139,11 +141,11 @@ def to_myst(source: str, page: Path, out: Path) -> str:
 
 
 def contents() -> str:
-    "The table of contents: the library, then each folder of `nbs/` under its own name."
+    "The table of contents: the method, then each wing under its own name."
     groups: dict[str, list[str]] = {}
     for path in notebooks()[1:]:
         folder = path.parent.relative_to(NBS).as_posix()
-        groups.setdefault("Library" if folder == "." else folder.capitalize(), []).append(
+        groups.setdefault("Method" if folder == "." else WINGS.get(folder, folder.capitalize()), []).append(
             f"{path.stem} <{page_name(path)}>")
     trees = (f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(pages) + "\n```"
              for caption, pages in groups.items())

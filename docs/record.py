@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from deepvideo_r1.effects import pack_runs
+from deepvideo_r1.toy.effects import pack_runs
 
 if __name__ == "__main__":
     if len(sys.argv) < 3:

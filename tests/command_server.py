@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 
+import deepvideo_r1.toy.study  # noqa: F401, with all that commands import when they run
 from deepvideo_r1.cli import main
 
 

@@ -31,17 +31,18 @@ def tiny_model(tmp_path_factory) -> Path:
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from deepvideo_r1.policy import make_tiny_checkpoint
+    from deepvideo_r1.model.tiny import make_tiny_checkpoint
+    from deepvideo_r1.toy.world import world_texts
 
     torch.set_num_threads(1)
     disable_progress_bar()
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("model") / "tiny", hidden_size=48, n_layers=2)
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("model") / "tiny", texts=world_texts(), hidden_size=48, n_layers=2)
 
 
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory) -> Path:
     "A folder with a few videos and the questions about them: 9 for sft, 12 for rl, 4 for each level."
-    from deepvideo_r1.world import WorldConfig, make_world
+    from deepvideo_r1.toy.world import WorldConfig, make_world
 
     return make_world(tmp_path_factory.mktemp("world"), WorldConfig(sft_videos=3, rl_videos=6, eval_videos=2))
 
@@ -52,9 +53,9 @@ def trained_model(tiny_model, tiny_world, tmp_path_factory) -> Path:
     import torch
 
     from deepvideo_r1.config import PromptConfig
-    from deepvideo_r1.policy import load_policy, save_policy
-    from deepvideo_r1.prompt import load_processor
-    from deepvideo_r1.toy import load_examples, sft_loss
+    from deepvideo_r1.model.policy import load_policy, save_policy
+    from deepvideo_r1.model.prompt import load_processor
+    from deepvideo_r1.toy.cold_start import load_examples, sft_loss
 
     policy, processor = load_policy(tiny_model), load_processor(tiny_model)
     examples = load_examples(tiny_world / "sft.jsonl", processor, PromptConfig("plain"))

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepvideo_r1.augment import AugmentConfig, add_noise, augment_groups, mask_frames, plan_augmentation
+from deepvideo_r1.augment import add_noise, augment_groups, mask_frames, plan_augmentation
+from deepvideo_r1.config import AugmentConfig
 from deepvideo_r1.core import Clip, Prompt, Rollout, Sample, make_generator
 
 clips = st.builds(
@@ -80,13 +81,15 @@ def test_easy_becomes_harder_and_hard_easier_within_the_limits(difficulty, sched
     if abs(difficulty) <= config.dead_zone:
         assert plan == {}
     else:
-        assert plan["kind"] == ("hint" if difficulty > 0 else harder)
-        limit = {"hint": config.max_hint, "noise": config.max_sigma, "mask": config.max_mask}[plan["kind"]]
+        assert plan["change"] == ("hint" if difficulty > 0 else harder)
+        limits = {"adaptive": (config.max_hint, config.max_sigma, config.max_mask),
+                  "fixed": (config.fixed_hint, config.fixed_sigma, config.fixed_mask)}
+        limit = dict(zip(("hint", "noise", "mask"), limits[schedule]))[plan["change"]]
         assert 0 < plan.get("sigma", plan.get("fraction")) <= limit
 
 
 class Caller:
-    "`ask` and `sample` that write down how they were called; responses to a prompt with the answer shown are right."
+    "`ask` and `roll_out` that write down how they were called; responses to a prompt with the answer shown are right."
 
     def __init__(self):
         self.calls = []
@@ -96,12 +99,11 @@ class Caller:
         pixels = torch.cat([clip.frames.flatten() for _, clip in visuals])
         return Prompt(torch.tensor([1, 2]), patches=pixels[None].float(), text=repr(how), prefix=how.get("prefix", ""))
 
-    def sample(self, rollouts, prompts, purpose, features):
+    def roll_out(self, samples, prompts, purpose, features):
         self.calls.append(("sample", purpose, *(f is not None for f in features)))
-        assert len(rollouts) == len(prompts) == len(features)
+        assert len(samples) == len(prompts) == len(features)
         text = RIGHT if purpose == "trace" else WRONG
-        return [replace(group(r.sample.id, [2.0, 1.0]), prompt=p, texts=(text, WRONG))
-                for r, p in zip(rollouts, prompts)]
+        return [replace(group(s.id, [2.0, 1.0]), prompt=p, texts=(text, WRONG)) for s, p in zip(samples, prompts)]
 
 
 def group(name, rewards, difficulty=None):
@@ -118,7 +120,7 @@ VISUALS = [("video", Clip(torch.full((4, 3, 28, 28), 100, dtype=torch.uint8), to
 
 def augment(rollouts, config, **how):
     caller, visuals = Caller(), [VISUALS] * len(rollouts)
-    new = augment_groups(rollouts, visuals, caller.ask, caller.sample, config, key=(0, "noise", 0), **how)
+    new = augment_groups(rollouts, visuals, caller.ask, caller.roll_out, config, key=(0, "noise", 0), **how)
     return new, caller.calls
 
 
@@ -128,7 +130,7 @@ def test_traces_are_sampled_before_any_changed_prompt():
         ("ask", "hard", "show_answer"), ("sample", "trace", True),  # the trace, for the hard one alone
         ("ask", "easy"), ("ask", "hard", "hint"),
         ("sample", "augmented", False, True)]  # one call; what noise has changed, the encoder must see
-    assert [r.augmentation.get("kind") for r in new] == ["noise", "hint", None]
+    assert [r.augmentation.get("change") for r in new] == ["noise", "hint", None]
     assert [r.difficulty for r in new] == [-0.5, 0.5, 0.0] and new[2] is EVEN
     assert "t1 red 0" in new[1].prompt.text and "t4 red 3" not in new[1].prompt.text
     assert not EASY.augmentation and (VISUALS[0][1].frames == 100).all()
@@ -138,7 +140,7 @@ def test_traces_are_sampled_before_any_changed_prompt():
     (replace(SAMPLED, hint_source="stored", hint_as="prefix"),
      [("ask", "easy"), ("ask", "hard", "prefix"), ("sample", "augmented", False, True)]),
     (replace(SAMPLED, hint_scale=0.0), [("ask", "easy"), ("sample", "augmented", False)]),
-    (replace(SAMPLED, control=True), [("sample", "augmented", True, True)]),
+    (replace(SAMPLED, redraw_only=True), [("sample", "augmented", True, True)]),
     (replace(SAMPLED, dead_zone=0.6), []),
 ])
 def test_only_what_is_needed_is_asked(config, expected):
@@ -147,8 +149,8 @@ def test_only_what_is_needed_is_asked(config, expected):
 
 def test_groups_that_vary_can_be_left_alone():
     varied = replace(EASY, rewards=torch.tensor([2.0, 1.0]))
-    new, calls = augment([varied, HARD], replace(SAMPLED, replace="vanishing"))
-    assert new[0] is varied and new[1].augmentation["kind"] == "hint" and ("ask", "easy") not in calls
+    new, calls = augment([varied, HARD], replace(SAMPLED, second_group="vanishing"))
+    assert new[0] is varied and new[1].augmentation["change"] == "hint" and ("ask", "easy") not in calls
 
 
 def test_first_groups_that_are_kept_stand_at_the_end():
@@ -158,14 +160,14 @@ def test_first_groups_that_are_kept_stand_at_the_end():
 
 def test_without_a_right_trace_the_question_stays():
     class Puzzled(Caller):
-        def sample(self, rollouts, prompts, purpose, features):
-            groups = super().sample(rollouts, prompts, purpose, features)
+        def roll_out(self, samples, prompts, purpose, features):
+            groups = super().roll_out(samples, prompts, purpose, features)
             return [replace(group, texts=(WRONG, WRONG), rewards=torch.ones(2)) for group in groups]
 
     caller = Puzzled()
-    new = augment_groups([HARD], [VISUALS], caller.ask, caller.sample, SAMPLED, key=(0,))
+    new = augment_groups([HARD], [VISUALS], caller.ask, caller.roll_out, SAMPLED, key=(0,))
     assert caller.calls == [("ask", "hard", "show_answer"), ("sample", "trace", True)]
-    assert new == [replace(HARD, augmentation={"kind": "no_trace"})] and not HARD.augmentation
+    assert new == [replace(HARD, augmentation={"change": "no_trace"})] and not HARD.augmentation
 
 
 def test_a_hint_never_gives_the_answer_away_on_its_way_into_the_prompt():
@@ -191,15 +193,15 @@ def test_an_image_is_not_masked_and_a_video_beside_it_is():
     config = replace(SAMPLED, harder="mask")
     for visuals, kind in (([image], None), ([image, *VISUALS], "mask")):
         seen.clear()
-        new = augment_groups([EASY], [visuals], ask, Caller().sample, config, key=(0,))
-        assert new[0].augmentation.get("kind") == kind
+        new = augment_groups([EASY], [visuals], ask, Caller().roll_out, config, key=(0,))
+        assert new[0].augmentation.get("change") == kind
     assert (seen[0][0] == 100).all() and (seen[0][1] == 128).any()
 
 
 def test_noise_belongs_to_the_question_and_the_step():
     def pixels(rollouts, key):
         caller = Caller()
-        new = augment_groups(rollouts, [VISUALS] * len(rollouts), caller.ask, caller.sample, SAMPLED, key=key)
+        new = augment_groups(rollouts, [VISUALS] * len(rollouts), caller.ask, caller.roll_out, SAMPLED, key=key)
         return {r.sample.id: r.prompt.patches for r in new}
 
     other = replace(EASY, sample=replace(EASY.sample, id="other"))

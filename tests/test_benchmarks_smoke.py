@@ -81,7 +81,7 @@ def test_the_packed_path_counts_as_many_flops_as_by_hand(benchmark):
     rollout = harness.make_rollout(policy, harness.make_prompt(policy, p), g, c)
     with flops.counter() as count:
         harness.use_attention(policy, True)
-        policy(benchmark("deepvideo_r1.policy").rollout_batch(policy, [rollout])).sum().backward()
+        policy(benchmark("deepvideo_r1.model.policy").rollout_batch(policy, [rollout])).sum().backward()
     width, mlp, layers, heads, kv_heads, words, _ = harness.SIZES["quick"][0]
     linear = layers * (2 * width**2 + 2 * width * width * kv_heads // heads + 3 * width * mlp)
     head, tokens = 6 * width * words * g * c, p + g * c

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepvideo_r1.checkpoint import read_metrics, whole_checkpoints
+from deepvideo_r1.support.checkpoint import whole_checkpoints
+from deepvideo_r1.support.files import read_jsonl
 
 SCRIPT = Path(sys.executable).with_name("deepvideo-r1")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
@@ -92,7 +93,7 @@ def check_one_line(done: Done, *parts) -> None:
 
 
 def figures(directory: Path) -> list[dict]:
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(directory / "metrics.jsonl")]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in read_jsonl(directory / "metrics.jsonl")]
 
 
 # --- what works ---------------------------------------------------------------------------------------------------
@@ -153,7 +154,7 @@ def test_evaluate_and_ask(cli, trained_model, tiny_world, tmp_path):
 def train_arguments(model, world, out, *more):
     return ["train", "--preset", "tiny_cpu", "--model", model, "--data", world / "rl.jsonl", "--out", out, "--steps", 6,
             "--rollout.max-tokens", 24, "--train.prompts-per-step", 6, "--train.learning-rate", 1e-3,
-            "--augment.enabled", "--augment.min-samples", 4, "--augment.hint-source", "stored", *more]
+            "--augment.enabled", "--augment.min-groups", 4, "--augment.hint-source", "stored", *more]
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +184,7 @@ def test_train(whole_run, cli, trained_model):
 def test_train_goes_on_after_an_interrupt(cli, trained_model, tiny_world, whole_run, tmp_path):
     out = tmp_path / "run"
     arguments = train_arguments(trained_model, tiny_world, out)  # saves every 10 steps: only the interrupt saves here
-    stopped = cli.run_until(lambda _: len(read_metrics(out / "metrics.jsonl")) >= 2, signal.SIGINT, *arguments)
+    stopped = cli.run_until(lambda _: len(read_jsonl(out / "metrics.jsonl")) >= 2, signal.SIGINT, *arguments)
     assert stopped.code == 130 and stopped.stdout == ""
     assert re.search(r"stopped after step \d; the same command continues\n$", stopped.stderr)
     assert 2 <= len(figures(out)) < 6 and not (out / "model").exists()
@@ -195,7 +196,7 @@ def test_train_goes_on_after_a_kill(cli, trained_model, tiny_world, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "run"
     arguments = lambda out: train_arguments(trained_model, tiny_world, out, "--train.save-every", 2, "--steps", 8)
     assert cli.run(*arguments(whole)).code == 0
-    killed = cli.run_until(lambda _: len(read_metrics(out / "metrics.jsonl")) >= 3, signal.SIGKILL, *arguments(out))
+    killed = cli.run_until(lambda _: len(read_jsonl(out / "metrics.jsonl")) >= 3, signal.SIGKILL, *arguments(out))
     assert killed.code == -signal.SIGKILL
     assert whole_checkpoints(out / "checkpoints") and not (out / "model").exists()
     assert cli.run(*arguments(out)).code == 0
@@ -240,7 +241,7 @@ def test_the_toy_goes_on_wherever_it_was_interrupted(cli, tmp_path):
     assert not list(cache.glob("world-*/world.json")) and "cold start" not in told[-1].stderr
     stop_when(lambda stderr: list(cache.glob("cold-*/checkpoints/step-*")))
     assert not list(cache.glob("cold-*/cold_start.json")) and "stopped in the cold start" in told[-1].stderr
-    stop_when(lambda stderr: any(read_metrics(path) for path in out.glob("arms/*/metrics.jsonl")))
+    stop_when(lambda stderr: any(read_jsonl(path) for path in out.glob("arms/*/metrics.jsonl")))
     assert list(cache.glob("cold-*/cold_start.json")) and not list(out.glob("arms/*/arm.json"))
     assert all(whole_checkpoints(path.parent / "checkpoints") for path in out.glob("arms/*/metrics.jsonl"))
 
@@ -266,7 +267,7 @@ def check_results(results: dict) -> None:
         assert arm["steps"] == 12
         assert arm["responses"] >= 12 * 4 * 2 and arm["seconds"] > 0 and arm["kl_end"] >= 0
         assert all(0 <= arm[name] <= 2 for name in ("reward_start", "reward_end"))
-        assert set(arm["vanishing_ratio"]) == {"original", "trained"}
+        assert set(arm["vanishing_ratio"]) == {"original", "final"}
         assert all(map(is_share, arm["vanishing_ratio"].values()))
     for accuracy in (start["accuracy"], *(arm["accuracy"] for arm in results["arms"])):
         assert set(accuracy) == {"L1", "L2", "L3"}
@@ -276,8 +277,9 @@ def check_results(results: dict) -> None:
 def check_cold_start(cache: Path, folder: Path) -> None:
     "The interrupted cold start gave the weights of an uninterrupted one."
     from deepvideo_r1.cli import ToyConfig
-    from deepvideo_r1.toy import ColdStartConfig, cold_start
-    from deepvideo_r1.world import WorldConfig
+    from deepvideo_r1.toy.cold_start import cold_start
+    from deepvideo_r1.toy.config import ColdStartConfig
+    from deepvideo_r1.toy.world import WorldConfig
 
     config = ToyConfig(world=WorldConfig(sft_videos=50, rl_videos=8, eval_videos=3),
                        cold_start=ColdStartConfig(115, 2, 6, 8, hidden_size=48, n_layers=2))
@@ -446,7 +448,7 @@ def test_a_world_and_answers_on_a_full_disk(cli, trained_model, tiny_world, smal
     assert re.fullmatch(rf"deepvideo-r1: error: {disk}/e[^ ]*: no space left on the device; .*", last), done.stderr
     enlarge(disk)
     assert cli.run(*world).code == 0 and cli.run(*evaluate).code == 0
-    assert len(read_metrics(disk / "e/rows.jsonl")) == 4
+    assert len(read_jsonl(disk / "e/rows.jsonl")) == 4
 
 
 def test_too_many_bad_clips(cli, trained_model, questions, tmp_path):

@@ -19,13 +19,14 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save
 
-from deepvideo_r1 import clip_cache
-from deepvideo_r1.clip_cache import ClipCache, clip_key, clip_loader, file_identity, pack_clip, unpack_clip
+from deepvideo_r1.data import clip_cache
+from deepvideo_r1.data.clip_cache import ClipCache, clip_key, clip_loader, file_identity, pack_clip, unpack_clip
 from deepvideo_r1.config import PromptConfig
 from deepvideo_r1.core import Clip, Sample, make_generator
-from deepvideo_r1.datasets import load_samples
-from deepvideo_r1.prompt import Processor, load_processor, load_visuals
-from deepvideo_r1.video import VideoError
+from deepvideo_r1.data.datasets import load_samples
+from deepvideo_r1.data.visuals import load_visuals
+from deepvideo_r1.model.prompt import Processor, load_processor
+from deepvideo_r1.data.video import VideoError
 
 
 def painting(path, number, size=(40, 60)) -> str:

@@ -13,8 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from deepvideo_r1.core import Sample
-from deepvideo_r1.datasets import FORMATS, DataError, load_samples
-from deepvideo_r1.rows import answer_letter, shuffle_options, strip_letters
+from deepvideo_r1.data.datasets import FORMATS, DataError, load_samples
+from deepvideo_r1.data.rows import answer_letter, shuffle_options, strip_letters
 
 SEED_TRAIN = {
     "sample_id": 39, "video_source": "EpicKitchens", "video_id": "P07_113", "task_goal": "Cut and peel the onion",
@@ -231,7 +231,7 @@ def test_nextgqa_question_without_intervals(tmp_path):
     write_nextgqa(tmp_path, [NEXTGQA, {**NEXTGQA, "qid": "2"}], {"4882821564": {"location": {"1": [[1, 2]]}}})
     with pytest.raises(DataError, match="val.csv, line 3: field 'location' has no intervals for question 2"):
         load_samples(tmp_path, format="nextgqa")
-    assert len(load_samples(tmp_path, format="nextgqa", strict=False, skipped=[])) == 1
+    assert len(load_samples(tmp_path, format="nextgqa", strict=False)) == 1
     (tmp_path / "gsub_val.json").unlink()
     with pytest.raises(DataError, match="gsub_val.json"):
         load_samples(tmp_path, format="nextgqa")
@@ -327,9 +327,9 @@ def test_a_bad_row_is_named(tmp_path, format, change, field, suffix, place):
         load_samples(file, format=format)
     assert str(caught.value).startswith(f"{file}, {place}: ") and repr(field) in str(caught.value)
     assert (caught.value.file, caught.value.place, caught.value.field) == (str(file), place, field)
-    skipped = []
-    assert [s.id for s in load_samples(file, format=format, strict=False, skipped=skipped)] == ["first", "third"]
-    assert [str(error) for error in skipped] == [str(caught.value)]
+    samples = load_samples(file, format=format, strict=False)
+    assert [s.id for s in samples] == ["first", "third"]
+    assert [str(error) for error in samples.problems] == [str(caught.value)]
     with pytest.warns(UserWarning, match="1 rows left out; the first: .*rows"):
         load_samples(file, format=format, strict=False)
 
@@ -354,10 +354,9 @@ def test_files_that_are_no_list_of_rows(tmp_path, text, message):
 
 
 def test_a_file_without_a_good_row_is_no_data_set(tmp_path):
-    skipped = []
-    with pytest.raises(DataError, match="no rows that can be used; the first problem: .*line 1"):
-        load_samples(write(tmp_path / "rows.jsonl", [{}, {}]), strict=False, skipped=skipped)
-    assert len(skipped) == 2
+    with pytest.raises(DataError, match="no rows that can be used; the first problem: .*line 1") as caught:
+        load_samples(write(tmp_path / "rows.jsonl", [{}, {}]), strict=False)
+    assert len(caught.value.problems) == 2
 
 
 def test_folders_and_formats_that_are_not_there(tmp_path):
@@ -406,7 +405,7 @@ def test_any_value_anywhere_gives_a_sample_or_a_named_error(format, place, value
 
 SHOW = """
 import sys
-from deepvideo_r1.datasets import load_samples
+from deepvideo_r1.data.datasets import load_samples
 print([(s.id, s.options, s.answer) for s in load_samples(sys.argv[1], format="seed_bench_r1", seed=int(sys.argv[2]))])
 """
 

@@ -29,7 +29,7 @@ def test_site_builds_and_needs_no_other_host(tmp_path):
         done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout + done.stderr
 
-    assert len(list(site.rglob("*.html"))) > len(list((ROOT / "nbs").glob("[0-9]*.ipynb")))
+    assert len(list(site.rglob("*.html"))) > len(list((ROOT / "nbs").rglob("[0-9]*.ipynb")))
     outside = re.compile(r"\s*(https?:)?//")
     for page in site.rglob("*.html"):
         requests = Requests()

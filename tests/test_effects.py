@@ -7,14 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepvideo_r1.effects import AXES, CURVES, equal_steps, pack_runs, paired, read_runs, trailing_mean
-from deepvideo_r1.runs import LEVELS, write_made_up_run
+from deepvideo_r1.toy.effects import AXES, CURVES, equal_steps, pack_runs, paired, read_runs, trailing_mean
+from deepvideo_r1.toy.made_up import write_made_up_run
+from deepvideo_r1.toy.runs import LEVELS
 
 RECORDED = Path(__file__).resolve().parents[1] / "docs" / "recorded"
 
 
 def run(arm="grpo", cold_start=0, seed=0, n=10, rate=64, level=0.5, **curves):
-    base = {"reward_accuracy": [level] * n, "vanishing_original": [0.5] * n, "vanishing_trained": [0.4] * n,
+    base = {"reward_accuracy": [level] * n, "vanishing_original": [0.5] * n, "vanishing_final": [0.4] * n,
             "kl": [0.01 * (i + 1) for i in range(n)], "responses": [rate * (i + 1) for i in range(n)]}
     return {"arm": arm, "cold_start": cold_start, "seed": seed, "accuracy": dict.fromkeys(LEVELS, level), "curves": base | curves}
 

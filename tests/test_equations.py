@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 INDEX = json.loads((ROOT / "nbs" / "index.ipynb").read_text())
 TEXT = "\n".join("".join(cell["source"]) for cell in INDEX["cells"] if cell["cell_type"] == "markdown")
-ROWS = re.findall(r"^\| ([\d-]+) \| [^|]+ \| \[(\w+)\]\(\w+\.ipynb\), ([^|]+) \| (`[\w.]+`)? ?\| `([\w.]+)::(\w+)` \|$", TEXT, re.M)
-OTHERS = re.findall(r"^\| [^|]+ \| \[\w+\]\((\w+\.ipynb)\) \| `([\w.]+)` \|$", TEXT, re.M)
+ROWS = re.findall(r"^\| ([\d-]+) \| [^|]+ \| \[\w+\]\(([\w/]+)\.ipynb\), ([^|]+) \| (`[\w.]+`)? ?\| `([\w.]+)::(\w+)` \|$", TEXT, re.M)
+OTHERS = re.findall(r"^\| [^|]+ \| \[\w+\]\(([\w/]+\.ipynb)\) \| `([\w.]+)` \|$", TEXT, re.M)
 
 
 def resolve(name: str):

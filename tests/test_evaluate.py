@@ -3,12 +3,12 @@ import random
 
 import pytest
 
-from deepvideo_r1.evaluate import accuracy, ious, paired_gain, recall_at, summarise
-from deepvideo_r1.experiment import mean_interval
+from deepvideo_r1.evaluation.evaluate import accuracy, ious, paired_gain, recall_at, summarise
+from deepvideo_r1.evaluation.intervals import mean_interval
 
 
 def row(name, group="L1", **parts):
-    return {"id": name, "group": group, "kind": "number", "temperature": 0.0, "parts": {"format": [1.0], **parts}}
+    return {"id": name, "subset": group, "kind": "number", "temperature": 0.0, "parts": {"format": [1.0], **parts}}
 
 
 def test_accuracy_averages_responses_then_questions():
@@ -30,7 +30,7 @@ def test_mean_iou_and_recall_by_hand():
 
 
 def test_unreadable_clips_are_neither_right_nor_wrong():
-    rows = [row("a", accuracy=[1.0]), {"id": "b", "group": "L1", "kind": "number", "temperature": 0.0, "error": "b.mp4: gone"}]
+    rows = [row("a", accuracy=[1.0]), {"id": "b", "subset": "L1", "kind": "number", "temperature": 0.0, "error": "b.mp4: gone"}]
     assert summarise(rows)["L1"]["accuracy"][0] == 1.0
     assert summarise(rows)["L1"]["unreadable"] == 1
 

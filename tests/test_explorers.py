@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from deepvideo_r1.advantage import group_advantages, is_vanishing
-from deepvideo_r1.explorers import (
+from deepvideo_r1.explore.explorers import (
     ClipExplorer, RegressionExplorer, VanishingExplorer, look_at_group, move_one, read_module,
 )
 from deepvideo_r1.grpo import grpo_loss
@@ -118,7 +118,7 @@ def test_a_widget_and_its_script_agree_on_names(name):
 
 
 def test_every_module_is_packaged():
-    names = {path.name for path in (files("deepvideo_r1") / "esm").iterdir()}
+    names = {path.name for path in (files("deepvideo_r1.explore") / "esm").iterdir()}
     assert names == {"kit.js", "augment.js", *(f"{name}.js" for name in EXPLORERS)}
 
 
@@ -126,7 +126,7 @@ def test_a_page_runs_each_widget_without_a_kernel(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     from widgets import STATE, VIEW, mount_widget
 
-    notebook = json.loads((ROOT / "nbs" / "11a_explorers.ipynb").read_text(encoding="utf-8"))
+    notebook = json.loads((ROOT / "nbs" / "explore" / "00_explorers.ipynb").read_text(encoding="utf-8"))
     states = notebook["metadata"]["widgets"][STATE]["state"]
     outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", ())]
     outputs = [output for output in outputs if VIEW in output.get("data", {})]

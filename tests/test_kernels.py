@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import deepvideo_r1.kernels as kernels
-import deepvideo_r1.policy as policy_module
+import deepvideo_r1.model.kernels as kernels
+import deepvideo_r1.model.policy as policy_module
 from deepvideo_r1.core import make_generator
-from deepvideo_r1.kernels import KernelCheck, available_kernels, check_kernels, fastest_kernel, repeated_attention
-from deepvideo_r1.packing import KERNELS, shared_prefix_attention, shared_prefix_layout
-from deepvideo_r1.policy import group_logps, load_policy
+from deepvideo_r1.model.kernels import KernelCheck, available_kernels, check_kernels, fastest_kernel, repeated_attention
+from deepvideo_r1.model.packing import KERNELS, shared_prefix_attention, shared_prefix_layout
+from deepvideo_r1.model.policy import group_logps, load_policy
 from test_policy import VISUALS, check_equal_gradients, checkpoints, gradients, make_rollout, tiny_qwen2_vl  # noqa: F401 (fixtures)
 
 HEADS = dict(n_heads=4, n_kv_heads=2, head_dim=16)

@@ -13,20 +13,22 @@ import pytest
 import torch
 from test_explorers import run_js  # noqa: F401, a fixture
 
-from deepvideo_r1.augment import AugmentConfig, add_noise, make_hint, mask_frames, plan_augmentation
+from deepvideo_r1.augment import add_noise, make_hint, mask_frames, plan_augmentation
+from deepvideo_r1.config import AugmentConfig
 from deepvideo_r1.core import make_generator
-from deepvideo_r1.explorers import read_module
-from deepvideo_r1.playground import (
-    FIXED, AugmentExplorer, infer_accuracy, mask_order, picture_url, place_hint, seen_frames, strengths, toy_question,
-    vanishing_share,
+from deepvideo_r1.explore.explorers import read_module
+from deepvideo_r1.explore.playground import (
+    AugmentExplorer, infer_accuracy, mask_order, picture_url, place_hint, seen_frames, strengths,
+    toy_question, vanishing_share,
 )
-from deepvideo_r1.toy import VARIANTS
-from deepvideo_r1.world import write_video
+from deepvideo_r1.toy.config import VARIANTS
+from deepvideo_r1.toy.world import write_video
 
 ROOT = Path(__file__).resolve().parents[1]
+FIXED = {"schedule": "fixed"}
 SMALL = {"n_levels": 1}  # most tests need no frames drawn ahead
 CONFIGS = [AugmentConfig(**how) for how in (
-    {}, {"harder": "mask"}, FIXED, FIXED | {"harder": "mask", "max_mask": 0.3}, {"control": True},
+    {}, {"harder": "mask"}, FIXED, FIXED | {"harder": "mask", "fixed_mask": 0.3}, {"redraw_only": True},
     {"hint_fade_steps": 10}, {"noise_scale": 0.0, "hint_scale": 0.0}, {"dead_zone": 0.25, "noise_scale": 1.7},
     FIXED | {"hint_scale": 0.0})]
 
@@ -84,12 +86,12 @@ def test_a_widget_shows_what_the_library_makes():
         fixed = FIXED if schedule == "fixed" else {}
         plan = plan_augmentation(difficulty, AugmentConfig(**fixed | {"harder": harder}))
         expected = frames
-        if plan.get("kind") == "noise":
+        if plan.get("change") == "noise":
             expected = add_noise(frames, plan["sigma"], generator=make_generator("playground", "noise"))
-        elif plan.get("kind") == "mask":
+        elif plan.get("change") == "mask":
             expected = mask_frames(frames, plan["fraction"], generator=make_generator("playground", "mask"))
         assert explorer.frames == [picture_url(frame) for frame in expected], (schedule, harder, difficulty)
-        assert explorer.hint == (make_hint(trace, plan["fraction"]) if plan.get("kind") == "hint" else "")
+        assert explorer.hint == (make_hint(trace, plan["fraction"]) if plan.get("change") == "hint" else "")
     explorer.difficulty = 0.0
     explorer.sigma, explorer.masked_share, explorer.hint_share = 0.1, 0.5, 0.6  # by themselves, and all at once
     assert explorer.frames == [picture_url(frame) for frame in seen_frames(frames, 0.1, 0.5)]

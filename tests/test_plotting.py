@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepvideo_r1 import plotting
-from deepvideo_r1.report import write_report
-from deepvideo_r1.runs import ARM_NAMES, LEVELS, read_results, stack_metric, write_made_up_run
-from deepvideo_r1.verdicts import compare_arms, judge, judge_gain, over_seeds
+from deepvideo_r1.toy import plotting
+from deepvideo_r1.toy.report import write_report
+from deepvideo_r1.toy.made_up import write_made_up_run
+from deepvideo_r1.toy.runs import ARM_NAMES, LEVELS, read_results, stack_metric
+from deepvideo_r1.evaluation.intervals import over_seeds
+from deepvideo_r1.toy.verdicts import compare_arms, judge, judge_gain
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def rows_of(run_dir, arm, seed, name):
 
 @pytest.mark.parametrize("plot, panel, metric", [
     (plotting.plot_learning, 0, "reward_accuracy"), (plotting.plot_learning, 1, "reward_accuracy"),
-    (plotting.plot_vanishing, 0, "vanishing_original"), (plotting.plot_vanishing, 1, "vanishing_trained"),
+    (plotting.plot_vanishing, 0, "vanishing_original"), (plotting.plot_vanishing, 1, "vanishing_final"),
     (plotting.plot_kl, 0, "kl"),
 ])
 def test_curves_are_the_means_of_the_files(run_dir, plot, panel, metric):

@@ -14,10 +14,10 @@ from transformers import (
 )
 
 from deepvideo_r1.core import Clip, Rollout, Sample, make_generator
-from deepvideo_r1.packing import LogpHead, mrope_positions
-from deepvideo_r1.policy import group_logps, load_policy, rollout_batch, save_policy
-from deepvideo_r1.prompt import build_prompt, load_processor
-from deepvideo_r1.rollout import rollout_groups
+from deepvideo_r1.model.packing import LogpHead, mrope_positions
+from deepvideo_r1.model.policy import group_logps, load_policy, rollout_batch, save_policy
+from deepvideo_r1.model.prompt import build_prompt, load_processor
+from deepvideo_r1.model.rollout import rollout_groups
 
 PLAIN = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration, "qwen2_vl": Qwen2VLForConditionalGeneration}
 
@@ -75,7 +75,7 @@ def plain_distributions(model, policy, rollout) -> list[torch.Tensor]:
     prompt, rows = rollout.prompt, []
     where, following = policy.positions(prompt)
     pixels, start = {}, 0
-    for kind, grid in zip(prompt.visual_kinds, [] if prompt.grid_thw is None else prompt.grid_thw):
+    for kind, grid in zip(prompt.modalities, [] if prompt.grid_thw is None else prompt.grid_thw):
         names = ("pixel_values", "image_grid_thw") if kind == "image" else ("pixel_values_videos", "video_grid_thw")
         part = prompt.patches[start : start + int(grid.prod())]
         start += len(part)

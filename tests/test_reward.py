@@ -10,10 +10,10 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from deepvideo_r1.answers import parse_spans
 from deepvideo_r1.core import Sample
+from deepvideo_r1.judges import mean_relative_accuracy, relative_accuracy, sentence_similarity, word_accuracy
 from deepvideo_r1.reward import (
-    accuracy_reward, format_reward, interval_iou, iou_reward, mean_relative_accuracy, merge_spans, normalise_text,
-    parse_number, parse_response, parse_span, read_block, read_choice, relative_accuracy, sentence_similarity,
-    total_reward, union_iou_reward, word_accuracy,
+    accuracy_reward, format_reward, interval_iou, iou_reward, merge_spans, normalise_text, parse_number,
+    parse_response, parse_span, read_block, read_choice, total_reward, union_iou_reward,
 )
 
 OPTIONS = ("an onion", "a rope", "the rope of a boat", "a dog")

@@ -12,9 +12,9 @@ from transformers import (LogitsProcessorList, Qwen2_5_VLForConditionalGeneratio
                           TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 
 from deepvideo_r1.core import Clip, Sample, make_generator
-from deepvideo_r1.policy import group_logps, load_policy
-from deepvideo_r1.prompt import build_prompt, load_processor
-from deepvideo_r1.rollout import rescore, rollout_groups, sample_tokens, sampling_logps
+from deepvideo_r1.model.policy import group_logps, load_policy
+from deepvideo_r1.model.prompt import build_prompt, load_processor
+from deepvideo_r1.model.rollout import rescore, rollout_groups, sample_tokens, sampling_logps
 
 
 def clip(n_frames, height, width, seconds=0.5):
@@ -48,10 +48,10 @@ def generate(path, prompt, policy, *, max_tokens, patch) -> list[int]:
     for value, token in ((1, model.config.image_token_id), (2, model.config.video_token_id)):
         kinds[prompt.prompt_ids == token] = value
     inputs = {"input_ids": prompt.prompt_ids[None], "mm_token_type_ids": kinds[None]}
-    if prompt.visual_kinds == ("video",):
+    if prompt.modalities == ("video",):
         inputs |= {"pixel_values_videos": prompt.patches, "video_grid_thw": prompt.grid_thw,
                    "second_per_grid_ts": torch.tensor(prompt.seconds_per_grid)}
-    elif prompt.visual_kinds == ("image",):
+    elif prompt.modalities == ("image",):
         inputs |= {"pixel_values": prompt.patches, "image_grid_thw": prompt.grid_thw}
     if patch:
         where, following = policy.positions(prompt)
@@ -77,8 +77,8 @@ def test_scoring_gives_the_log_probabilities_of_sampling(tiny_model, temperature
     policy = load_policy(tiny_model, temperature=temperature)
     for rollout in roll(policy, tiny_model, *VISUALS, group_size=5, max_tokens=12, temperature=temperature):
         with torch.no_grad():
-            torch.testing.assert_close(group_logps(policy, rollout), rollout.old_logps, atol=1e-4, rtol=0)
-        assert rollout.old_logps[rollout.completion_mask].std() > 0.3
+            torch.testing.assert_close(group_logps(policy, rollout), rollout.sampled_logps, atol=1e-4, rtol=0)
+        assert rollout.sampled_logps[rollout.completion_mask].std() > 0.3
 
 
 CUTS = [{"top_k": 7}, {"top_p": 0.6}, {"top_k": 30, "top_p": 0.8}, {"top_k": 5, "top_p": 0.9, "temperature": 0.6}]
@@ -88,7 +88,7 @@ CUTS = [{"top_k": 7}, {"top_p": 0.6}, {"top_k": 30, "top_p": 0.8}, {"top_k": 5, 
 def test_rescoring_gives_the_log_probabilities_of_a_cut_distribution(tiny_model, cut):
     policy = load_policy(tiny_model, temperature=cut.get("temperature", 1.0))
     for rollout in roll(policy, tiny_model, *VISUALS, group_size=5, max_tokens=12, **cut):
-        mask, old = rollout.completion_mask, rollout.old_logps
+        mask, old = rollout.completion_mask, rollout.sampled_logps
         torch.testing.assert_close(rescore(policy, rollout, **cut), old, atol=1e-4, rtol=0)
         with torch.no_grad():
             over_all_tokens = group_logps(policy, rollout)
@@ -111,9 +111,9 @@ def test_one_token_to_choose_from_is_the_greedy_one(tiny_model):
     greedy, by_k, by_p = (roll(policy, tiny_model, *VISUALS, group_size=2, max_tokens=8, **how)
                           for how in ({"temperature": 0, "top_k": 3, "top_p": 0.5}, {"top_k": 1}, {"top_p": 1e-6}))
     for expected, *others in zip(greedy, by_k, by_p):
-        assert expected.old_logps[expected.completion_mask].max() < 0  # greedy is scored over all tokens
+        assert expected.sampled_logps[expected.completion_mask].max() < 0  # greedy is scored over all tokens
         for found in others:
-            assert torch.equal(found.completion_ids, expected.completion_ids) and not found.old_logps.any()
+            assert torch.equal(found.completion_ids, expected.completion_ids) and not found.sampled_logps.any()
 
 
 def test_a_group_does_not_depend_on_its_company(tiny_model):
@@ -126,7 +126,7 @@ def test_a_group_does_not_depend_on_its_company(tiny_model):
             expected = alone[rollout.sample.id]
             assert torch.equal(rollout.completion_ids, expected.completion_ids) and rollout.texts == expected.texts
             assert torch.equal(rollout.completion_mask, expected.completion_mask)
-            torch.testing.assert_close(rollout.old_logps, expected.old_logps, atol=1e-5, rtol=0)
+            torch.testing.assert_close(rollout.sampled_logps, expected.sampled_logps, atol=1e-5, rtol=0)
 
 
 def test_the_key_names_the_draws(tiny_model):
@@ -143,7 +143,7 @@ def test_known_features_spare_the_encoder(tiny_model):
     policy.encode = None  # calling it would fail
     again, = roll(policy, tiny_model, "short video", group_size=2, max_tokens=6,
                   visual_features=[first.visual_features])
-    assert torch.equal(first.completion_ids, again.completion_ids) and torch.equal(first.old_logps, again.old_logps)
+    assert torch.equal(first.completion_ids, again.completion_ids) and torch.equal(first.sampled_logps, again.sampled_logps)
 
 
 def test_a_response_ends_with_its_stop_id(tiny_model):
@@ -158,7 +158,7 @@ def test_a_response_ends_with_its_stop_id(tiny_model):
     for row, length in zip(ids, lengths.tolist()):
         assert not torch.isin(row[: length - 1], stops).any() and (row[length:] == 0).all()
         assert length == 16 or row[length - 1] in stops
-    assert (mask == (torch.arange(mask.shape[1]) < lengths[:, None])).all() and (rollout.old_logps[~mask] == 0).all()
+    assert (mask == (torch.arange(mask.shape[1]) < lengths[:, None])).all() and (rollout.sampled_logps[~mask] == 0).all()
     assert rollout.texts[0] == processor.tokenizer.decode(ids[0][mask[0]], skip_special_tokens=True)
 
 
@@ -267,7 +267,7 @@ def test_rows_of_the_head_without_a_token_are_never_drawn(tiny_model, tmp_path):
     rollout, = roll(policy, path, "short video", group_size=256, max_tokens=16)
     assert int(rollout.completion_ids.max()) < n
     with torch.no_grad():
-        torch.testing.assert_close(group_logps(policy, rollout), rollout.old_logps, atol=1e-4, rtol=0)
+        torch.testing.assert_close(group_logps(policy, rollout), rollout.sampled_logps, atol=1e-4, rtol=0)
 
 
 def test_frequencies_are_the_probabilities():

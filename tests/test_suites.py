@@ -18,18 +18,18 @@ import pytest
 from test_datasets import GLUE, LONGVIDEOBENCH, NEXTGQA, SEED_VALIDATION, VIDEO_R1, VIDEO_R1_EVAL, write, write_nextgqa
 from test_video import hang
 
-import deepvideo_r1.evaluate as evaluate_module
-from deepvideo_r1.checkpoint import read_metrics
+import deepvideo_r1.evaluation.evaluate as evaluate_module
+from deepvideo_r1.support.files import read_jsonl
 from deepvideo_r1.cli import main
 from deepvideo_r1.config import PromptConfig
 from deepvideo_r1.core import Sample
-from deepvideo_r1.datasets import load_samples
-from deepvideo_r1.evaluate import evaluate, parsed_answer, parsed_evidence
-from deepvideo_r1.metrics import accuracy_metrics, grounding_metrics, own_metrics, vsi_metrics
-from deepvideo_r1.policy import load_policy
-from deepvideo_r1.prompt import EVIDENCE, load_processor, question_text
+from deepvideo_r1.data.datasets import load_samples
+from deepvideo_r1.evaluation.evaluate import evaluate, parsed_answer, parsed_evidence
+from deepvideo_r1.evaluation.metrics import accuracy_metrics, grounding_metrics, own_metrics, vsi_metrics
+from deepvideo_r1.model.policy import load_policy
+from deepvideo_r1.model.prompt import EVIDENCE, load_processor, question_text
 from deepvideo_r1.reward import total_reward
-from deepvideo_r1.suites import BENCHMARKS, load_benchmark, paper_figures
+from deepvideo_r1.evaluation.suites import BENCHMARKS, load_benchmark, paper_figures
 
 PLAIN = PromptConfig("plain")
 
@@ -48,7 +48,7 @@ def say(answer, glue=None) -> str:
 
 
 def by_name(metrics, group="all") -> dict:
-    return {metric.name: metric for metric in metrics if metric.group == group}
+    return {metric.name: metric for metric in metrics if metric.subset == group}
 
 
 # --- NExT-GQA: an independent rewrite of the official scorer ------------------------------------------------------
@@ -164,10 +164,10 @@ def test_types_of_questions_add_up(shared_dir):
     rng = random.Random(0)
     rows = [answered(s, say(rng.choice("ABCDE"), [s.spans[0]])) for s in samples]
     metrics = grounding_metrics(rows)
-    assert {m.group: m.n for m in metrics if m.name == "Acc@GQA"} == {
+    assert {m.subset: m.n for m in metrics if m.name == "Acc@GQA"} == {
         "all": 3358, "type CH": 481, "type CW": 1474, "type TC": 472, "type TN": 879, "type TP": 52}
     for name in ("Acc@QA", "Acc@GQA", "mIoU"):
-        parts = [m for m in metrics if m.name == name and m.group != "all"]
+        parts = [m for m in metrics if m.name == name and m.subset != "all"]
         assert sum(m.mean * m.n for m in parts) / 3358 == pytest.approx(by_name(metrics)[name].mean)
     assert by_name(metrics)["mIoU"].mean == 1.0  # the first true interval is one of the true ones
 
@@ -206,7 +206,7 @@ def test_seed_bench_by_level_and_domain(tmp_path):
             for i in range(12)]
     samples = load_benchmark("seed_bench_r1", write(tmp_path / "validation.jsonl", rows))
     asked = [answered(s, say("C" if s.meta["level"] == "L1" or s.meta["domain"] == "Hobby" else "A")) for s in samples]
-    found = {m.group: (m.mean, m.n) for m in BENCHMARKS["seed_bench_r1"].metrics(asked)}
+    found = {m.subset: (m.mean, m.n) for m in BENCHMARKS["seed_bench_r1"].metrics(asked)}
     assert found == {"all": (8 / 12, 12), "level L1": (1.0, 4), "level L2": (0.5, 4), "level L3": (0.5, 4),
                      "domain Hobby": (1.0, 6), "domain Work": (2 / 6, 6)}
 
@@ -218,7 +218,7 @@ def test_splits_with_the_same_ids_and_no_levels(tmp_path):
     samples = load_benchmark("seed_bench_r1", tmp_path, split="L1,L3")
     assert [s.id for s in samples] == ["L1/0", "L1/1", "L3/0", "L3/1"]
     found = BENCHMARKS["seed_bench_r1"].metrics([answered(s, say("C" if s.id == "L3/1" else "A")) for s in samples])
-    assert {m.group: m.mean for m in found if "level" in m.group} == {"level L1": 0.0, "level L3": 0.5}
+    assert {m.subset: m.mean for m in found if "level" in m.subset} == {"level L1": 0.0, "level L3": 0.5}
 
 
 def test_longvideobench_by_duration(tmp_path):
@@ -226,7 +226,7 @@ def test_longvideobench_by_duration(tmp_path):
             for i, seconds in enumerate([3600, 15, 15, 60, 600])]
     samples = load_benchmark("longvideobench", write(tmp_path / "lvb_val.json", rows))
     found = BENCHMARKS["longvideobench"].metrics([answered(s, say("C" if s.id in "02" else "B")) for s in samples])
-    assert [(m.group, m.mean) for m in found] == [
+    assert [(m.subset, m.mean) for m in found] == [
         ("all", 2 / 5), ("duration_group 15", 0.5), ("duration_group 60", 0.0), ("duration_group 600", 0.0),
         ("duration_group 3600", 1.0), ("question_category T3E", 2 / 5)]
 
@@ -246,7 +246,7 @@ def test_vsi_bench_by_type(tmp_path):
     # 12 for 10: an error of 0.2 keeps 0.50 to 0.80, 7 of 10. "about 4" cannot be read. 0 for 0 is right.
     texts = ["12", "about 4", "0", "A", "B", "A", "B", "B"]
     metrics = vsi_metrics([answered(s, say(text)) for s, text in zip(samples, texts)])
-    found = {(m.group, m.name): m for m in metrics}
+    found = {(m.subset, m.name): m for m in metrics}
     field = "original_question_type"
     assert found["numbers", "MRA"].mean == pytest.approx((0.7 + 0 + 1) / 3) and found["numbers", "MRA"].unparsed == 1
     assert found["choices", "accuracy"].mean == pytest.approx(2 / 5)
@@ -268,9 +268,9 @@ def test_the_papers_figures_belong_to_a_benchmark():
     for name in BENCHMARKS:
         figures = paper_figures(name)
         assert all(figure.benchmark == name and 0 < figure.percent < 100 for figure in figures)
-        assert len({(f.group, f.name, f.model, f.method) for f in figures}) == len(figures)
+        assert len({(f.subset, f.name, f.model, f.method) for f in figures}) == len(figures)
     table_4 = {"level L1": 48.1, "level L2": 51.1, "level L3": 44.0}  # the same runs stand in Tables 1 and 4
-    assert {f.group: f.percent for f in paper_figures("seed_bench_r1")
+    assert {f.subset: f.percent for f in paper_figures("seed_bench_r1")
             if (f.model, f.method) == ("Qwen2.5-VL-3B", "DeepVideo-R1")} == table_4
 
 
@@ -344,17 +344,17 @@ def test_a_benchmark_end_to_end(trained_model, tiny_world, tmp_path, capsys, nam
     command = evaluate_arguments(trained_model, folder, tmp_path / "out", "--benchmark", name, *flags)
     code, stdout, stderr = run(capsys, *command)
     assert code == 0, stderr
-    rows, saved = read_metrics(tmp_path / "out/rows.jsonl"), json.loads((tmp_path / "out/benchmark.json").read_text())
+    rows, saved = read_jsonl(tmp_path / "out/rows.jsonl"), json.loads((tmp_path / "out/benchmark.json").read_text())
     assert len(rows) == saved["questions"] == n and saved["unreadable"] == saved["skipped_rows"] == 0
     for row in rows:
         assert {"id", "prompt", "frames", "responses", "parsed", "parts", "answer", "meta"} <= set(row)
         assert row["question"] in row["prompt"] and all(f"{chr(65 + i)}. {o}" in row["prompt"] for i, o in enumerate(row["options"]))
-        kinds = Counter(frame["kind"] for frame in row["frames"])
+        kinds = Counter(frame["modality"] for frame in row["frames"])
         assert row["prompt"].count("<|video_pad|>") == kinds["video"] and row["prompt"].count("<|image_pad|>") == kinds["image"]
         assert all(0 < len(frame["seconds"]) <= 4 for frame in row["frames"])
         assert len(row["responses"]) == len(row["parsed"]) == 1
     assert saved["figures"][0]["n"] + saved["figures"][0]["unreadable"] <= n
-    figures = {(f["group"], f["name"]) for f in saved["figures"]}
+    figures = {(f["subset"], f["name"]) for f in saved["figures"]}
     expected = {"vsibench": ("all", "mean of the types"), "nextgqa": ("type CW", "Acc@GQA"), "videochat_r1_gqa": ("all", "mIoU of unions"),
                 "seed_bench_r1": ("level L2", "accuracy"), "longvideobench": ("duration_group 15", "accuracy")}
     assert expected.get(name, ("all", "accuracy")) in figures
@@ -372,7 +372,7 @@ def test_a_test_split_without_answers_gives_predictions(trained_model, tiny_worl
     code, stdout, stderr = run(capsys, *evaluate_arguments(
         trained_model, tmp_path, tmp_path / "out", "--benchmark", "longvideobench", "--split", "test"))
     assert code == 0 and "Nothing to measure" in stdout, stderr
-    [row] = read_metrics(tmp_path / "out/rows.jsonl")
+    [row] = read_jsonl(tmp_path / "out/rows.jsonl")
     assert "accuracy" not in row["parts"] and "the letter of the right option" in row["prompt"]
 
 
@@ -381,7 +381,7 @@ def test_the_toy_world_with_and_without_its_name(trained_model, tiny_world, tmp_
     one = evaluate_arguments(trained_model, tiny_world, tmp_path / "a", *plain, "--benchmark", "world", "--split", "L1")
     two = evaluate_arguments(trained_model, tiny_world / "L1.jsonl", tmp_path / "b", *plain)
     assert run(capsys, *one)[0] == run(capsys, *two)[0] == 0
-    named, bare = (read_metrics(tmp_path / name / "rows.jsonl") for name in "ab")
+    named, bare = (read_jsonl(tmp_path / name / "rows.jsonl") for name in "ab")
     assert [row["responses"] for row in named] == [row["responses"] for row in bare]
     figures = json.loads((tmp_path / "a/benchmark.json").read_text())["figures"]
     summary = json.loads((tmp_path / "b/summary.json").read_text())
@@ -426,7 +426,7 @@ def ask_together(ask, path: Path, count: int, dies: int | None = None) -> list:
 
     def work(rank: int) -> None:
         def die(done: int, total: int) -> None:
-            if rank == dies and len(read_metrics(path.with_name(f"rows.process{rank}.jsonl"))) == 2:
+            if rank == dies and len(read_jsonl(path.with_name(f"rows.process{rank}.jsonl"))) == 2:
                 barrier.abort()
                 raise SystemError("killed")
 
@@ -448,7 +448,7 @@ def test_shares_cover_every_question_once(asking, asked, tmp_path, count):
     ask, samples, whole = asking
     assert ask_together(ask, tmp_path / "rows.jsonl", count) == [whole] * count
     assert sorted(asked) == sorted(sample.id for sample in samples)
-    assert read_metrics(tmp_path / "rows.jsonl") == whole and not list(tmp_path.glob("rows.process*"))
+    assert read_jsonl(tmp_path / "rows.jsonl") == whole and not list(tmp_path.glob("rows.process*"))
 
 
 @pytest.mark.parametrize("later", [1, 2, 4])
@@ -457,20 +457,20 @@ def test_a_dead_process_loses_nothing_that_it_has_written(asking, asked, tmp_pat
     path = tmp_path / "rows.jsonl"
     found = ask_together(ask, path, 3, dies=1)
     assert isinstance(found[1], SystemError) and all(isinstance(one, threading.BrokenBarrierError) for one in found[::2])
-    rows = [row for part in tmp_path.glob("rows.process*.jsonl") for row in read_metrics(part)]
-    assert len(read_metrics(tmp_path / "rows.process1.jsonl")) == 2 and len(rows) == 2 + 4 + 4 and not path.exists()
+    rows = [row for part in tmp_path.glob("rows.process*.jsonl") for row in read_jsonl(part)]
+    assert len(read_jsonl(tmp_path / "rows.process1.jsonl")) == 2 and len(rows) == 2 + 4 + 4 and not path.exists()
     with (tmp_path / "rows.process1.jsonl").open("a") as file:
         file.write('{"id": "torn in the midd')
     asked.clear()
     assert (ask_together(ask, path, later) if later > 1 else [ask(path)]) == [whole] * later
     assert set(asked) == {sample.id for sample in samples} - {row["id"] for row in rows} and len(asked) == 2
-    assert read_metrics(path) == whole and not list(tmp_path.glob("rows.process*"))
+    assert read_jsonl(path) == whole and not list(tmp_path.glob("rows.process*"))
 
 
 def test_a_question_that_was_corrected_or_whose_clip_came_back_is_asked_again(asking, asked, tmp_path):
     ask, samples, whole = asking
     path = tmp_path / "rows.jsonl"
-    lost = {key: whole[3][key] for key in ("id", "question", "group", "kind", "temperature", "meta")} | {"error": "gone"}
+    lost = {key: whole[3][key] for key in ("id", "question", "subset", "kind", "temperature", "meta")} | {"error": "gone"}
     rows = [whole[0] | {"question": "an older wording ?"}, *whole[1:3], lost, *whole[4:]]
     write(path, rows)
     assert ask(path) == whole and sorted(asked) == sorted([samples[0].id, samples[3].id])
@@ -479,23 +479,23 @@ def test_a_question_that_was_corrected_or_whose_clip_came_back_is_asked_again(as
 def test_clips_that_take_too_long_are_counted_and_tried_again(trained_model, tiny_world, tmp_path, capsys, monkeypatch):
     command = evaluate_arguments(trained_model, tiny_world, tmp_path / "out", "--benchmark", "world", "--split", "grounding")
     with monkeypatch.context() as patch:
-        patch.setattr("deepvideo_r1.prompt.read_video", hang)
+        patch.setattr("deepvideo_r1.data.visuals.read_video", hang)
         assert run(capsys, *command, "--timeout", 0.5)[0] == 0
-    rows, saved = read_metrics(tmp_path / "out/rows.jsonl"), json.loads((tmp_path / "out/benchmark.json").read_text())
+    rows, saved = read_jsonl(tmp_path / "out/rows.jsonl"), json.loads((tmp_path / "out/benchmark.json").read_text())
     assert all("took more than 0.5 seconds" in row["error"] for row in rows) and saved["unreadable"] == len(rows) == 2
     assert saved["figures"] == []
     assert run(capsys, *command)[0] == 0
-    assert all("error" not in row for row in read_metrics(tmp_path / "out/rows.jsonl"))
+    assert all("error" not in row for row in read_jsonl(tmp_path / "out/rows.jsonl"))
     assert json.loads((tmp_path / "out/benchmark.json").read_text())["unreadable"] == 0
 
 
 def test_clips_are_read_apart_only_where_that_is_asked_for(tiny_model, tiny_world, monkeypatch):
-    from deepvideo_r1 import prompt
+    from deepvideo_r1.data import visuals
 
     guarded = []
-    monkeypatch.setattr(prompt, "read_video_safely", lambda path, *, read, timeout, **how: guarded.append(timeout) or read(path, **how))
+    monkeypatch.setattr(visuals, "read_video_safely", lambda path, *, read, timeout, **how: guarded.append(timeout) or read(path, **how))
     sample, processor = load_samples(tiny_world / "L1.jsonl")[0], load_processor(tiny_model)
-    [(_, here)], [(_, apart)] = prompt.load_visuals(sample, processor), prompt.load_visuals(sample, processor, timeout=9)
+    [(_, here)], [(_, apart)] = visuals.load_visuals(sample, processor), visuals.load_visuals(sample, processor, timeout=9)
     assert guarded == [9] and (here.frames == apart.frames).all()
 
 
@@ -542,11 +542,11 @@ def test_a_killed_process_and_then_one_alone(tiny_model, tiny_world, tmp_path, c
     os.kill(max(workers), signal.SIGKILL)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode != 0
-    left = {row["id"] for file in (tmp_path / "two").glob("rows*.jsonl") for row in read_metrics(file)}
+    left = {row["id"] for file in (tmp_path / "two").glob("rows*.jsonl") for row in read_jsonl(file)}
     code, _, stderr = run(capsys, *command("two"))
     assert code == 0, stderr
     assert run(capsys, *command("one"))[0] == 0
-    rows = [read_metrics(tmp_path / name / "rows.jsonl") for name in ("one", "two")]
+    rows = [read_jsonl(tmp_path / name / "rows.jsonl") for name in ("one", "two")]
     assert rows[0] == rows[1] and 2 <= len(left) < len(rows[0])
 
 
@@ -592,7 +592,7 @@ def test_bad_rows_are_told_and_counted_or_stop_the_command(trained_model, tiny_w
         code, stdout, stderr = run(capsys, *evaluate_arguments(trained_model, path, out, *more))
         assert code == 0 and f"2 bad rows of {path} left out" in stderr
         assert f"{path}, line 2: " in stderr and f"{path}, line 4: field 'answer'" in stderr
-        assert len(read_metrics(out / "rows.jsonl")) == 2
+        assert len(read_jsonl(out / "rows.jsonl")) == 2
         check_one_line(run(capsys, *evaluate_arguments(trained_model, path, tmp_path / "no", *more, "--strict")), f"{path}, line 2")
         assert not (tmp_path / "no").exists()
     assert json.loads((tmp_path / "out2/benchmark.json").read_text())["skipped_rows"] == 2
@@ -627,13 +627,13 @@ def test_data_check(tiny_world, tmp_path, capsys):
 
 
 def test_data_check_of_files_that_take_too_long(tiny_world, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("deepvideo_r1.check.import_module", lambda name: SimpleNamespace(probe_video=hang))
+    monkeypatch.setattr("deepvideo_r1.data.check.import_module", lambda name: SimpleNamespace(probe_video=hang))
     code, stdout, _ = run(capsys, "data", "check", tiny_world / "L1.jsonl", "--timeout", 0.5, "--out", tmp_path)
     assert code == 0 and stdout.count("took more than 0.5 seconds and was cut off") == 2 and "2 bad" in stdout
 
 
 def test_data_check_stops_and_reports(tiny_world, tmp_path, capsys, monkeypatch):
-    from deepvideo_r1 import check
+    from deepvideo_r1.data import check
 
     read, opened = check.read_video_safely, []
 
@@ -673,7 +673,7 @@ def test_a_policy_trains_on_public_formats(trained_model, tiny_world, tmp_path, 
                                "--steps", 1, "--train.prompts-per-step", 2, "--rollout.group-size", 2, "--rollout.max-tokens", 6,
                                "--prompt.max-frames", 4, "--prompt.max-pixels", 3136)
     assert code == 0, stderr
-    row, = read_metrics(tmp_path / "out/metrics.jsonl")
+    row, = read_jsonl(tmp_path / "out/metrics.jsonl")
     assert row["groups"] == 2 and row["bad_clips"] == 0 and (tmp_path / "out/model/model.safetensors").exists()
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["format"] == format

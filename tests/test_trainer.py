@@ -11,18 +11,21 @@ from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepvideo_r1 import clip_cache
 from deepvideo_r1 import trainer as trainer_module
-from deepvideo_r1.augment import AugmentConfig
 from deepvideo_r1.baselines import OBJECTIVES
-from deepvideo_r1.checkpoint import Stopped, read_metrics, whole_checkpoints
-from deepvideo_r1.config import ObjectiveConfig, PromptConfig, RolloutConfig, TrainConfig
-from deepvideo_r1.datasets import load_samples
-from deepvideo_r1.policy import load_policy, rollout_batch
-from deepvideo_r1.prompt import load_processor
-from deepvideo_r1.trainer import Trainer, TrainingError, fit, load_checkpoint, step_indices
+from deepvideo_r1.config import AugmentConfig, ObjectiveConfig, PromptConfig, RolloutConfig, TrainConfig
+from deepvideo_r1.data import clip_cache
+from deepvideo_r1.data.datasets import load_samples
+from deepvideo_r1.model.policy import load_policy, rollout_batch
+from deepvideo_r1.model.prompt import load_processor
+from deepvideo_r1.reward import score
+from deepvideo_r1.support.checkpoint import whole_checkpoints
+from deepvideo_r1.support.files import read_jsonl
+from deepvideo_r1.support.interrupts import Stopped
+from deepvideo_r1.trainer import Trainer, TrainingError, fit, load_checkpoint
+from deepvideo_r1.training.feed import step_indices
 
-AUGMENT = AugmentConfig(enabled=True, min_samples=4, window=10, hint_as="prefix", hint_source="stored")
+AUGMENT = AugmentConfig(enabled=True, min_groups=4, window=10, hint_as="prefix", hint_source="stored")
 TRAIN = TrainConfig(steps=6, prompts_per_step=4, prompts_per_forward=2, inner_updates=2, learning_rate=1e-3,
                     warmup_steps=3, save_every=2)
 
@@ -31,11 +34,11 @@ TRAIN = TrainConfig(steps=6, prompts_per_step=4, prompts_per_forward=2, inner_up
 def make_trainer(trained_model, tiny_world):
     "A function that makes a trainer for a directory; `train` and `rollout` are changes of the settings."
     def make(directory, *, samples=None, lora_rank=0, objective=ObjectiveConfig(), augment=AUGMENT,
-             prompt=PromptConfig("plain"), rollout=RolloutConfig(3, max_tokens=24), **train):
+             prompt=PromptConfig("plain"), rollout=RolloutConfig(3, max_tokens=24), score=score, **train):
         return Trainer(
             load_policy(trained_model, lora_rank=lora_rank), load_processor(trained_model),
             samples or load_samples(tiny_world / "rl.jsonl"), directory, train=replace(TRAIN, **train),
-            prompt=prompt, rollout=rollout, objective=objective, augment=augment,
+            prompt=prompt, rollout=rollout, objective=objective, augment=augment, score=score,
             accelerator=Accelerator(cpu=True))
 
     return make
@@ -99,10 +102,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(make_trainer, tmp_path, run):
     with pytest.raises(Crash):  # step 5 is in the metrics, but in no checkpoint
         fit(make_trainer(tmp_path / "parts", **RUNS[run]), on_step=crash_at(5))
     last = make_trainer(tmp_path / "parts", **RUNS[run])
-    assert figures(fit(last)) == figures(rows) == figures(read_metrics(tmp_path / "parts/metrics.jsonl"))
+    assert figures(fit(last)) == figures(rows) == figures(read_jsonl(tmp_path / "parts/metrics.jsonl"))
     assert same(weights(last), weights(whole))
-    assert last.buffer.state_dict() == whole.buffer.state_dict() and len(whole.buffer) > 0
-    for one, other in zip(*(trainer.optimizer.state_dict()["state"].values() for trainer in (last, whole))):
+    assert last.state.buffer.state_dict() == whole.state.buffer.state_dict() and len(whole.state.buffer) > 0
+    for one, other in zip(*(trainer.learner.optimizer.state_dict()["state"].values() for trainer in (last, whole))):
         assert torch.equal(one["exp_avg"], other["exp_avg"]) and torch.equal(one["exp_avg_sq"], other["exp_avg_sq"])
 
 
@@ -129,7 +132,7 @@ def test_a_torn_checkpoint_is_passed_over(make_trainer, tmp_path, damage):
     (tmp_path / "checkpoints/.aside").mkdir()  # what a crash while saving leaves behind
     (tmp_path / "checkpoints/.aside/model.safetensors").write_bytes(b"half")
     again = make_trainer(tmp_path)
-    assert load_checkpoint(again) and again.next_step == 4
+    assert load_checkpoint(again) and again.state.next_step == 4
     assert figures(fit(again)) == figures(rows) and same(weights(again), weights(whole))
     assert [path.name for path in whole_checkpoints(tmp_path / "checkpoints")] == ["step-000004", "step-000006"]
 
@@ -163,11 +166,11 @@ def test_steps_walk_through_permutations(n_samples, prompts_per_step, seed):
 
 
 def test_difficulty_compares_with_the_past_alone(make_trainer, tmp_path):
-    trainer = make_trainer(tmp_path, augment=AugmentConfig(min_samples=1))
+    trainer = make_trainer(tmp_path, augment=AugmentConfig(min_groups=1))
     assert trainer.step()["difficulty_abs"] == 0.0
-    before = trainer.buffer.mean
+    before = trainer.state.buffer.mean
     row = trainer.step()
-    means = list(trainer.buffer.means)[4:]
+    means = list(trainer.state.buffer.means)[4:]
     assert len(means) == 4 and len(set(means)) > 1
     assert row["difficulty_abs"] == pytest.approx(sum(abs(before - mean) for mean in means) / 4, abs=1e-5)
 
@@ -175,14 +178,14 @@ def test_difficulty_compares_with_the_past_alone(make_trainer, tmp_path):
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_the_reference_stays_where_the_run_began(make_trainer, trained_model, tmp_path, lora_rank):
     trainer = make_trainer(tmp_path, lora_rank=lora_rank, steps=3, augment=AugmentConfig())
-    groups, sample = [], trainer.sample
-    trainer.sample = lambda *args, **how: (groups.clear(), groups.extend(sample(*args, **how)), groups)[-1]
+    groups, roll_out = [], trainer.roll_out
+    trainer.roll_out = lambda *args: (groups.clear(), groups.extend(roll_out(*args)), groups)[-1]
     rows = [trainer.step() for _ in range(3)]
     assert [row["kl"] > 1e-4 for row in rows] == [True] * 3  # of the second update, when the policy has moved
     batch = rollout_batch(trainer.policy, groups)
     with torch.no_grad():
         start, now = load_policy(trained_model)(batch), trainer.policy(batch)
-        torch.testing.assert_close(trainer._reference_logps(batch), start, atol=2e-5, rtol=0)
+        torch.testing.assert_close(trainer.learner.reference.logps(batch, trainer.learner.model, trainer.policy), start, atol=2e-5, rtol=0)
         assert (now - start).abs().max() > 0.01
 
 
@@ -191,16 +194,16 @@ def test_the_reference_stays_where_the_run_began(make_trainer, trained_model, tm
 def test_every_objective_trains_and_dpo_alone_samples_from_the_reference(make_trainer, tmp_path, name, lora_rank):
     trainer = make_trainer(tmp_path, objective=ObjectiveConfig(name, kl_coef=0.0), augment=AugmentConfig(), lora_rank=lora_rank)
     start, samples = weights(trainer), trainer.samples[:3]
-    prompts = [trainer.ask(sample, trainer.visuals(i)) for i, sample in enumerate(samples)]
-    before = trainer.sample(samples, prompts, "same stream")
+    prompts = [trainer.ask(sample, trainer.feed.visuals(i)) for i, sample in enumerate(samples)]
+    before = trainer.roll_out(samples, prompts, "same stream")
     rows = [trainer.step() for _ in range(2)]
     assert not same(weights(trainer), start) and all(row["grad_norm"] > 0 for row in rows)
     for parameter in trainer.policy.parameters():
         parameter.data += 0.3 * parameter.requires_grad  # now the policy is far from where it began, and the reference is not
-    after = trainer.sample(samples, prompts, "same stream")
+    after = trainer.roll_out(samples, prompts, "same stream")
     unchanged = all(torch.equal(a.completion_ids, b.completion_ids) for a, b in zip(before, after))
     assert unchanged == (name == "dpo")
-    assert (trainer.reference is not None) == (name in ("dpo", "online_dpo") and lora_rank == 0)
+    assert (trainer.learner.reference.frozen is not None) == (name in ("dpo", "online_dpo") and lora_rank == 0)
 
 
 def test_an_objective_has_its_own_kl_weight(make_trainer, tmp_path):
@@ -227,15 +230,15 @@ def test_the_number_of_groups_in_a_forward_pass_changes_nothing(make_trainer, tm
 def count_patches(trainer) -> list[int]:
     "A list that grows by the number of patches at every call of an encoder, the policy's or the reference's."
     seen = []
-    for policy in (trainer.policy, trainer.reference):
+    for policy in (trainer.policy, trainer.learner.reference.frozen):
         if policy is not None:
             policy.base.model.visual.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
     return seen
 
 
 def visited_patches(trainer, step) -> int:
-    indices = step_indices(len(trainer.samples), step, trainer.train.prompts_per_step, trainer.train.seed)
-    return sum(len(trainer.ask(trainer.samples[i], trainer.visuals(i)).patches) for i in indices)
+    indices = step_indices(len(trainer.samples), step, trainer.config.train.prompts_per_step, trainer.config.train.seed)
+    return sum(len(trainer.ask(trainer.samples[i], trainer.feed.visuals(i)).patches) for i in indices)
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
@@ -243,12 +246,12 @@ def visited_patches(trainer, step) -> int:
 def test_a_step_with_hints_encodes_each_video_once(make_trainer, tmp_path, monkeypatch, source, place, lora_rank):
     monkeypatch.setattr("deepvideo_r1.augment.best_trace", lambda rollout, *, full_reward: rollout.sample.meta["trace"])
     trainer = make_trainer(tmp_path, lora_rank=lora_rank, objective=ObjectiveConfig("grpo", kl_coef=0.04), inner_updates=3,
-                           augment=AugmentConfig(enabled=True, replace="always", keep_first=True, hint_as=place, hint_source=source))
-    trainer._difficulty = lambda rewards: 1.0  # every group is hard, so every group gets a hint
+                           augment=AugmentConfig(enabled=True, second_group="always", keep_first=True, hint_as=place, hint_source=source))
+    monkeypatch.setattr(trainer_module, "measure_difficulty", lambda *args: 1.0)  # every group is hard and gets a hint
     asked, scored = [], []
-    sample, reference = trainer.sample, trainer._reference_logps
-    trainer.sample = lambda samples, prompts, purpose, features=None: (asked.append(purpose), sample(samples, prompts, purpose, features))[1]
-    trainer._reference_logps = lambda batch: (scored.append(len(batch.prompt_ids)), reference(batch))[1]
+    roll_out, reference = trainer.roll_out, trainer.learner.reference.logps
+    trainer.roll_out = lambda samples, prompts, stream, *others: (asked.append(stream), roll_out(samples, prompts, stream, *others))[1]
+    trainer.learner.reference.logps = lambda batch, *others: (scored.append(len(batch.prompt_ids)), reference(batch, *others))[1]
     seen = count_patches(trainer)
     for step in range(2):
         row = trainer.step()
@@ -259,11 +262,11 @@ def test_a_step_with_hints_encodes_each_video_once(make_trainer, tmp_path, monke
             record.clear()
 
 
-def test_noise_is_encoded_again_and_a_second_draw_is_not(make_trainer, tmp_path):
-    for name, augment, times in (("noise", AugmentConfig(enabled=True, replace="always"), 2),
-                                 ("redraw", AugmentConfig(enabled=True, replace="always", control=True), 1)):
+def test_noise_is_encoded_again_and_a_second_draw_is_not(make_trainer, tmp_path, monkeypatch):
+    for name, augment, times in (("noise", AugmentConfig(enabled=True, second_group="always"), 2),
+                                 ("redraw", AugmentConfig(enabled=True, second_group="always", redraw_only=True), 1)):
         trainer = make_trainer(tmp_path / name, augment=augment)
-        trainer._difficulty = lambda rewards: -1.0
+        monkeypatch.setattr(trainer_module, "measure_difficulty", lambda *args: -1.0)
         seen = count_patches(trainer)
         assert trainer.step()[f"{name}_groups"] == 4 and sum(seen) == times * visited_patches(trainer, 0)
 
@@ -297,11 +300,11 @@ def test_the_sampling_settings_reach_the_sampler(make_trainer, tmp_path):
     def groups(**changes):
         trainer = make_trainer(tmp_path, rollout=RolloutConfig(4, max_tokens=12, **changes))
         samples = trainer.samples[:3]
-        return trainer.sample(samples, [trainer.ask(s, trainer.visuals(i)) for i, s in enumerate(samples)], "stream")
+        return trainer.roll_out(samples, [trainer.ask(s, trainer.feed.visuals(i)) for i, s in enumerate(samples)], "stream")
 
     free, greedy, cut = groups(), groups(top_k=1), groups(top_p=0.3)
     assert any(len(set(r.texts)) > 1 for r in free) and all(len(set(r.texts)) == 1 for r in greedy)
-    assert not any(r.old_logps.any() for r in greedy) and all(len(r.texts) == 4 for r in cut)
+    assert not any(r.sampled_logps.any() for r in greedy) and all(len(r.texts) == 4 for r in cut)
     assert [r.texts for r in cut] != [r.texts for r in free]
     assert [r.texts for r in groups(batch_rows=4)] == [r.texts for r in free] != [r.texts for r in groups(temperature=0.5)]
     for wrong in ({"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}):
@@ -335,18 +338,18 @@ def test_a_nan_stops_the_run_and_the_last_checkpoint_stays(make_trainer, tmp_pat
     with pytest.raises(TrainingError, match=r"step 3: \w+ is nan.*the last checkpoint is intact"):
         fit(sick, on_step=poison(sick, 2))
     assert [path.name for path in whole_checkpoints(tmp_path / "sick/checkpoints")] == ["step-000002"]
-    assert len(read_metrics(tmp_path / "sick/metrics.jsonl")) == 3
+    assert len(read_jsonl(tmp_path / "sick/metrics.jsonl")) == 3
     assert figures(fit(make_trainer(tmp_path / "sick"))) == figures(whole)
 
 
 def test_a_nan_loss_is_found_before_the_update(make_trainer, tmp_path, monkeypatch):
-    real = trainer_module.OBJECTIVES["reg_grpo"]
+    real = OBJECTIVES["reg_grpo"]
 
     @functools.wraps(real)
     def broken(*args, **knobs):
         return real(*args, **knobs)[0] * float("nan"), {}
 
-    monkeypatch.setitem(trainer_module.OBJECTIVES, "reg_grpo", broken)
+    monkeypatch.setitem(OBJECTIVES, "reg_grpo", broken)
     trainer = make_trainer(tmp_path)
     before = weights(trainer)
     with pytest.raises(TrainingError, match="step 0: grad_norm is nan before update 0"):
@@ -372,9 +375,9 @@ def test_a_bad_clip_is_counted_and_skipped(make_trainer, tiny_world, tmp_path):
     assert sum(met) == 2  # once in each epoch
     assert [row["groups"] for row in rows] == [6 - bad for bad in met]
     assert [row["bad_clips"] for row in rows] == [int(any(met[: i + 1])) for i in range(8)]
-    assert trainer.bad_clips == {2: f"{tmp_path}/gone.mp4: no such file"}
+    assert trainer.state.seen.bad == {2: f"{tmp_path}/gone.mp4: no such file"}
     again = make_trainer(tmp_path, samples=samples, prompts_per_step=6, steps=8)
-    assert load_checkpoint(again) and again.bad_clips == trainer.bad_clips
+    assert load_checkpoint(again) and again.state.seen.bad == trainer.state.seen.bad
 
 
 def test_too_many_bad_clips_stop_the_run(make_trainer, tiny_world, tmp_path):
@@ -392,18 +395,17 @@ def test_too_many_bad_clips_stop_the_run(make_trainer, tiny_world, tmp_path):
 
 
 @pytest.mark.parametrize("objective", ["reg_grpo", "grpo"])
-def test_equal_rewards_leave_the_weights_alone(make_trainer, tmp_path, monkeypatch, objective):
+def test_equal_rewards_leave_the_weights_alone(make_trainer, tmp_path, objective):
     ones = torch.ones(3)
-    monkeypatch.setattr(trainer_module, "score", lambda rollout: replace(
-        rollout, rewards=ones, reward_parts={"format": ones, "accuracy": 0 * ones}))
-    trainer = make_trainer(tmp_path, objective=ObjectiveConfig(objective, kl_coef=0.0), augment=AugmentConfig())
+    equal = lambda rollout: replace(rollout, rewards=ones, reward_parts={"format": ones, "accuracy": 0 * ones})
+    trainer = make_trainer(tmp_path, score=equal, objective=ObjectiveConfig(objective, kl_coef=0.0), augment=AugmentConfig())
     before = weights(trainer)
     row = trainer.step()
-    assert row["vanishing_original"] == row["vanishing_trained"] == 1.0 and row["grad_norm"] == 0.0
+    assert row["vanishing_original"] == row["vanishing_final"] == row["vanishing_update"] == 1.0 and row["grad_norm"] == 0.0
     gradients = [p.grad for p in trainer.policy.parameters() if p.requires_grad]
     assert all(grad is not None and not grad.any() for grad in gradients)
     assert same(weights(trainer), before)
-    assert trainer.reference is None  # none is kept where no KL is asked for
+    assert trainer.learner.reference.frozen is None  # none is kept where no KL is asked for
 
 
 def test_metrics_are_plain_numbers(make_trainer, tmp_path):

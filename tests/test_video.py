@@ -18,12 +18,12 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from deepvideo_r1.core import Clip
-from deepvideo_r1.frames import count_by_fps, pick_by_fps, pick_evenly, pick_longvideobench
-from deepvideo_r1.guarded import ReaderProcess, read_video_safely
-from deepvideo_r1.video import (
+from deepvideo_r1.data.frames import count_by_fps, pick_by_fps, pick_evenly, pick_longvideobench
+from deepvideo_r1.data.guarded import ReaderProcess, read_video_safely
+from deepvideo_r1.data.video import (
     CLIP_STD, READERS, VideoError, choose_frames, frame_budget, patchify, read_image, read_video, smart_size,
 )
-from deepvideo_r1.world import write_video
+from deepvideo_r1.toy.world import write_video
 
 STEP = 1 / 255 / min(CLIP_STD)  # one step of an 8-bit pixel, after normalisation
 FILES = {  # frames in the file, height, width, seconds from the first to the last
@@ -139,7 +139,7 @@ def test_pyav_reads_what_decord_cannot(tmp_path):
 
 READ_ALL = """
 import json, sys, time
-from deepvideo_r1.video import VideoError, read_video
+from deepvideo_r1.data.video import VideoError, read_video
 told = {}
 for path in sys.argv[1:]:
     for decoder in ("auto", "decord", "pyav"):
@@ -309,7 +309,7 @@ def test_a_read_that_crashes_is_an_error_of_its_file(tmp_path, reader):
 
 LEAVE = """
 import os, sys
-from deepvideo_r1.guarded import ReaderProcess
+from deepvideo_r1.data.guarded import ReaderProcess
 import test_video
 reader = ReaderProcess()
 reader.read("clip.mp4", read=test_video.talk)
@@ -331,7 +331,7 @@ def test_a_hanging_read_does_not_outlive_its_parent():
 READ_MANY = """
 import resource, sys
 import torch
-from deepvideo_r1.video import read_video
+from deepvideo_r1.data.video import read_video
 torch.set_num_threads(1)
 decoder, *paths = sys.argv[1:]
 sources = [open(path, "rb").read() if decoder == "bytes" else path for path in paths]

@@ -10,14 +10,13 @@ import torch
 from accelerate import Accelerator
 from torch.nn.parallel import DistributedDataParallel
 
-from deepvideo_r1.augment import AugmentConfig
-from deepvideo_r1.config import ObjectiveConfig, PromptConfig, RolloutConfig, TrainConfig
-from deepvideo_r1.datasets import load_samples
-from deepvideo_r1.policy import load_policy
-from deepvideo_r1.prompt import load_processor
+from deepvideo_r1.config import AugmentConfig, ObjectiveConfig, PromptConfig, RolloutConfig, TrainConfig
+from deepvideo_r1.data.datasets import load_samples
+from deepvideo_r1.model.policy import load_policy
+from deepvideo_r1.model.prompt import load_processor
 from deepvideo_r1.trainer import Trainer, fit
 
-AUGMENT = AugmentConfig(enabled=True, min_samples=4, window=10, hint_as="prefix", hint_source="stored")
+AUGMENT = AugmentConfig(enabled=True, min_groups=4, window=10, hint_as="prefix", hint_source="stored")
 NO_LIMIT = dict(max_grad_norm=1e9)  # so that what is left in `.grad` is the gradient itself
 CASES = {  # objective, augmentation, changes of the training settings, samples whose clip is bad, rank of adapters
     "grpo": ("grpo", AugmentConfig(), dict(prompts_per_forward=2, inner_updates=2), (), 0),
@@ -43,34 +42,34 @@ def make_trainer(case: str, model: Path, questions: Path, directory: Path) -> Tr
 def run_case(case: str, model: Path, questions: Path, directory: Path) -> dict:
     "Metrics, first gradient, first responses, last weights and the buffer of one case, as this process sees them."
     trainer, responses = make_trainer(case, model, questions, directory), {}
-    ask = trainer.sample
+    roll_out = trainer.roll_out
 
-    def sample(samples, prompts, purpose, features=None):
-        groups = ask(samples, prompts, purpose, features)
-        responses.update({(purpose, group.sample.id): group.texts for group in groups})
+    def noted(samples, prompts, stream, *others):
+        groups = roll_out(samples, prompts, stream, *others)
+        responses.update({(stream, group.sample.id): group.texts for group in groups})
         return groups
 
-    trainer.sample = sample
+    trainer.roll_out = noted
     rows = [trainer.step()]
     gradients = {name: p.grad.clone() for name, p in trainer.policy.named_parameters() if p.grad is not None}
-    while trainer.next_step < trainer.train.steps:
+    while trainer.state.next_step < trainer.config.train.steps:
         rows.append(trainer.step())
-    return {"rows": rows, "gradients": gradients, "responses": responses, "buffer": trainer.buffer.state_dict(),
-            "weights": {name: p.detach() for name, p in trainer.policy.named_parameters()}, "bad": trainer.bad_clips,
+    return {"rows": rows, "gradients": gradients, "responses": responses, "buffer": trainer.state.buffer.state_dict(),
+            "weights": {name: p.detach() for name, p in trainer.policy.named_parameters()}, "bad": trainer.state.seen.bad,
             "processes": trainer.accelerator.num_processes,
-            "is_ddp": isinstance(trainer.model, DistributedDataParallel)}
+            "is_ddp": isinstance(trainer.learner.model, DistributedDataParallel)}
 
 
 def run_twice(model: Path, questions: Path, directory: Path) -> dict:
-    "A run that stops at a checkpoint and goes on in new trainers, and the same run in one go."
+    "A run that stops at a checkpoint and continues in new trainers, and the same run in one go."
     found = {}
     for name, stops in (("whole", (4,)), ("parts", (2, 4))):
         for steps in stops:
             trainer = make_trainer("reg_grpo, augmented", model, questions, directory / name)
-            trainer.train = replace(trainer.train, steps=steps)
+            trainer.config = replace(trainer.config, train=replace(trainer.config.train, steps=steps))
             rows = fit(trainer)
         found[name] = {"rows": rows, "weights": {n: p.detach() for n, p in trainer.policy.named_parameters()},
-                       "buffer": trainer.buffer.state_dict()}
+                       "buffer": trainer.state.buffer.state_dict()}
     return found
 
 
