@@ -25,9 +25,9 @@ WARM_UP = 2  # steps that are not counted: the buffer fills, files are decoded
 
 @dataclass
 class Settings(Options):
-    "A step without augmentation, with it, and with parts of it; all from the toy's cold start."
-    steps: int = 12  # steps that are counted
-    cache: Path = Path("runs/toy/cache")  # worlds and cold starts, made when missing
+    "A step without augmentation, with it, and with parts of it, all from the toy's cold start."
+    steps: int = 12  # number of steps that are counted
+    cache: Path = Path("runs/toy/cache")  # folder of worlds and cold starts, made when missing
 
     def toy(self) -> ToyConfig:
         if not self.quick:
@@ -37,7 +37,7 @@ class Settings(Options):
 
 
 def variants(augment: AugmentConfig) -> dict[str, AugmentConfig]:
-    "What is compared: each samples second groups in another way."
+    "What is compared: each variant samples second groups in another way."
     on = replace(augment, enabled=True)
     return {"no augmentation": replace(augment, enabled=False), "second draw": replace(on, redraw_only=True),
             "noise alone": replace(on, hint_scale=0.0), "stored hints alone": replace(on, noise_scale=0.0),
@@ -62,25 +62,25 @@ def main(settings: Settings) -> None:
         trainers = {name: Trainer(load_policy(model), processor, samples, folder, train=toy.train, prompt=toy.prompt, rollout=toy.rollout,
                                   objective=toy.reg_grpo, augment=augment, accelerator=Accelerator(cpu=True))
                     for name, augment in variants(toy.augment).items()}
-        for trainer in trainers.values():  # every clip stays in memory: reading it again is not what is measured
+        for trainer in trainers.values():  # every clip stays in memory: reading files is not measured
             trainer.feed.visuals = functools.cache(trainer.feed.visuals.__wrapped__)
         counters = {name: count_videos(trainer) for name, trainer in trainers.items()}
         rows: dict[str, list[dict[str, float]]] = {name: [] for name in trainers}
         for step in range(WARM_UP + steps):
             for name, trainer in trainers.items():  # in turns
                 counters[name].clear()
-                found: list[dict[str, float]] = []
+                metrics: list[dict[str, float]] = []
                 before = trainer.state.responses
-                seconds = timed(lambda: found.append(trainer.step()), settings)
-                row = found[0] | seconds | {"new_responses": trainer.state.responses - before, "videos": sum(counters[name])}
+                seconds = timed(lambda: metrics.append(trainer.step()), settings)
+                row = metrics[0] | seconds | {"new_responses": trainer.state.responses - before, "videos": sum(counters[name])}
                 if step >= WARM_UP:
                     rows[name].append(row)
     cases, plain = [], None
-    for name, found in rows.items():
-        mean = lambda key: statistics.fmean(row[key] for row in found)
+    for name, step_rows in rows.items():
+        mean = lambda key: statistics.fmean(row[key] for row in step_rows)
         case: dict[str, Any] = {"variant": name, "responses": mean("new_responses"), "videos_encoded": mean("videos"),
                                 "vanishing": mean("vanishing_final"), "no_trace": mean("no_trace_groups"),
-                                "cpu_s": statistics.median(row["cpu"] for row in found), "wall_s": statistics.median(row["wall"] for row in found)}
+                                "cpu_s": statistics.median(row["cpu"] for row in step_rows), "wall_s": statistics.median(row["wall"] for row in step_rows)}
         plain = plain or case
         cases.append(case | {"response_ratio": case["responses"] / plain["responses"], "time_ratio": case[clock(settings)] / plain[clock(settings)]})
     show(f"one step of the toy: {toy.train.prompts_per_step} groups of {toy.rollout.group_size}, {toy.train.inner_updates} inner updates",

@@ -1,4 +1,4 @@
-"""FLOPs of a computation as they are executed, and the least that a group of responses needs."""
+"""FLOPs that a computation executes, and the least that a group of responses needs."""
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -15,11 +15,11 @@ def _cpu_attention_backward(grad, query, key, value, out, logsumexp, dropout, is
     return _cpu_attention(query, key, value, dropout, is_causal) * 5 // 2  # five matrix products where the forward has two
 
 
-# torch counts the attention kernels of GPUs and not the CPU's: without these two lines attention would cost nothing here.
+# torch counts the attention kernels of GPUs only: without these two lines attention would cost nothing on a CPU.
 CPU_KERNELS = {aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
                aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward}
 for formula in CPU_KERNELS.values():
-    formula._get_raw = True  # the counter hands over tensors, not shapes
+    formula._get_raw = True  # the counter passes tensors, not shapes
 
 
 def counter() -> FlopCounterMode:

@@ -1,4 +1,4 @@
-"""How seconds and memory grow with the size of the group, the length of the prompt and of the responses: figures."""
+"""Figures of how seconds and memory grow with the size of the group and the lengths of prompt and responses."""
 import time
 from dataclasses import dataclass
 
@@ -16,14 +16,14 @@ LABELS = {"repeated": "G whole rows (transformers)", "packed": "one packed row (
 
 @dataclass
 class Settings(Options):
-    "Growth with G, P and C, each on its own."
-    repeats: int = 1  # times that each side is timed, in turns
-    prompt_length: int = 712  # P where another size grows
-    length: int = 128  # C where another size grows
-    group_size: int = 8  # G where another size grows
-    group_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)  # G
-    prompt_lengths: tuple[int, ...] = (145, 388, 712, 1400)  # P: 2, 8, 16 and 32 frames
-    lengths: tuple[int, ...] = (16, 128, 256, 512)  # C
+    "Growth with G, P and C, one at a time."
+    repeats: int = 1  # number of times that each side is timed; the sides take turns
+    prompt_length: int = 712  # P where G or C grows
+    length: int = 128  # C where G or P grows
+    group_size: int = 8  # G where P or C grows
+    group_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)  # values of G
+    prompt_lengths: tuple[int, ...] = (145, 388, 712, 1400)  # values of P: 2, 8, 16 and 32 frames
+    lengths: tuple[int, ...] = (16, 128, 256, 512)  # values of C
 
     def __post_init__(self):
         super().__post_init__()
@@ -70,13 +70,13 @@ def main(settings: Settings) -> None:
     sizes = sorted({size for sizes in lines.values() for size in sizes})
     rollouts = [make_rollout(policy, make_prompt(policy, length, **small), groups, n_tokens) for length, n_tokens, groups in sizes]
     known = dict(zip(sizes, measure(policy, rollouts, settings, ("repeated", "packed"))))
-    found = {axis: [known[size] for size in sizes] for axis, sizes in lines.items()}
+    cases = {axis: [known[size] for size in sizes] for axis, sizes in lines.items()}
     columns = ["P", "C", "G", "repeated s", "packed s", "faster", "repeated MiB", "packed MiB"]
     table = [[case["P"], case["C"], case["G"], *(case["sides"][side][clock(settings)] for side in LABELS), case["speedup"],
               *(case["sides"][side]["peak_mib"] for side in LABELS)] for case in known.values()]
     show("Growth, forward and backward", columns, table)
     settings.out.mkdir(parents=True, exist_ok=True)
-    figure = draw(found, settings)
+    figure = draw(cases, settings)
     print(save("growth", settings, list(known.values()), figure=figure), f"{time.perf_counter() - started:.0f} s")
 
 

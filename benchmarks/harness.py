@@ -43,15 +43,15 @@ SIZES = {"quick": ((48, 96, 2, 4, 2, 256, True), (48, 96, 2, 2)),
 @dataclass
 class Options:
     "How a benchmark is run."
-    quick: bool = False  # sizes for a test: seconds, and no figure of any meaning
-    size: Literal["quick", "tiny", "3b", "7b"] = "tiny"  # of the model
-    family: Literal["qwen2_5_vl", "qwen2_vl"] = "qwen2_5_vl"  # which model
-    device: str = "cpu"  # or "cuda"
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and activations
+    quick: bool = False  # sizes for a test: takes seconds, and its figures mean nothing
+    size: Literal["quick", "tiny", "3b", "7b"] = "tiny"  # size of the model
+    family: Literal["qwen2_5_vl", "qwen2_vl"] = "qwen2_5_vl"  # family of the model
+    device: str = "cpu"  # device: cpu or cuda
+    dtype: Literal["float32", "bfloat16"] = "float32"  # number type of weights and activations
     attention: Literal["auto", "split", "flash", "flex"] = "auto"  # kernel of the packed rows; auto: the fastest on the device
-    repeats: int = 3  # times that each side is timed, in turns
-    threads: int = 1  # of the CPU
-    peak_tflops: float | None = None  # of the device, in tera-FLOP/s at this dtype; given, a table shows the share that is used
+    repeats: int = 3  # number of times that each side is timed; the sides take turns
+    threads: int = 1  # number of CPU threads
+    peak_tflops: float | None = None  # peak of the device in tera-FLOP/s at this dtype; with it the table shows the share that is used
     out: Annotated[Path, tyro.conf.arg(help="folder of the JSON files")] = Path(__file__).parent / "results"
 
     def __post_init__(self):
@@ -88,7 +88,7 @@ def vl_config(size: str, family: str = "qwen2_5_vl") -> Qwen2_5_VLConfig | Qwen2
 
 
 def random_weights(cls, config, options: Options, seed: int = 0) -> nn.Module:
-    "A model with random weights, of a size that gives its outputs opinions; on the device, in evaluation mode."
+    "A model in evaluation mode, with random weights large enough that its outputs differ from token to token."
     with torch.random.fork_rng(), torch.device(options.device):
         torch.manual_seed(seed)
         model = cls._from_config(config, dtype=getattr(torch, options.dtype))
@@ -96,7 +96,7 @@ def random_weights(cls, config, options: Options, seed: int = 0) -> nn.Module:
             if isinstance(module, (nn.Linear, nn.Conv3d)):
                 nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
         nn.init.normal_(model.get_input_embeddings().weight, std=0.15)
-        last = getattr(model.model, "language_model", model.model).norm.weight  # random signs: else a tied head repeats its input
+        last = getattr(model.model, "language_model", model.model).norm.weight  # random signs: otherwise a tied head repeats its input
         with torch.no_grad():
             last.copy_(torch.randint_like(last, 2) * 2 - 1)
     model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=PAD)
@@ -104,7 +104,7 @@ def random_weights(cls, config, options: Options, seed: int = 0) -> nn.Module:
 
 
 def make_policy(options: Options) -> PolicyModel:
-    "A policy with random weights and a frozen encoder, which never samples a placeholder."
+    "A policy with random weights and a frozen encoder; it never samples a placeholder."
     cls = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration, "qwen2_vl": Qwen2VLForConditionalGeneration}[options.family]
     hf = random_weights(cls, vl_config(options.size, options.family), options)
     return PolicyModel(hf, pad_ids=(VIDEO, IMAGE), banned_ids=(VIDEO, IMAGE), attention=options.attention).to(options.device)
@@ -117,7 +117,7 @@ def make_text_model(options: Options) -> Qwen2ForCausalLM:
 
 
 def use_attention(policy: PolicyModel, packed: bool) -> None:
-    "Our attention, or the one that transformers uses by itself: both sides run on the same weights."
+    "Our attention, or the default of transformers: both sides run on the same weights."
     policy.base.set_attn_implementation({"text_config": "shared_prefix" if packed else "sdpa", "vision_config": "sdpa"})
 
 
@@ -128,7 +128,7 @@ def random_ids(policy: PolicyModel, *shape: int, seed: int) -> Tensor:
 
 
 def make_prompt(policy: PolicyModel, length: int, *, side: int = 9, words: int = 64) -> Prompt:
-    """A prompt of `length` tokens about a video: frames of side x side tokens (9: 252 x 252 pixels), and at least `words` words.
+    """A prompt of `length` tokens about a video, with frames of side x side tokens (9: 252 x 252 pixels) and at least `words` words.
 
     Two frames are one step in time, so 712 tokens hold 16 frames and 1400 hold 32. The steps lie so close in time that all
     engines place the words after the video at the same position.
@@ -164,7 +164,7 @@ def synchronize(options: Options) -> None:
 
 
 def timed(run: Callable[[], Any], options: Options) -> dict[str, float]:
-    "CPU seconds of this process and seconds on the wall; on a GPU the latter are what counts."
+    "CPU seconds of this process and seconds on the wall; on a GPU the latter count."
     gc.collect()
     synchronize(options)
     cpu, wall = time.process_time(), time.perf_counter()
@@ -174,17 +174,17 @@ def timed(run: Callable[[], Any], options: Options) -> dict[str, float]:
 
 
 def interleaved(sides: dict[str, Callable[[], Any]], options: Options) -> dict[str, dict[str, float]]:
-    "Median seconds of each side; the sides take turns (A B A B ...), so that other work on the machine meets all of them."
+    "Median seconds of each side; the sides take turns (A B A B ...), so that other work on the machine slows all of them."
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     for _ in range(options.repeats):
         for name, run in sides.items():
             rows[name].append(timed(run, options))
-    return {name: {f"{clock}_s": statistics.median(row[clock] for row in found) for clock in ("cpu", "wall")}
-            for name, found in rows.items()}
+    return {name: {f"{clock}_s": statistics.median(row[clock] for row in timings) for clock in ("cpu", "wall")}
+            for name, timings in rows.items()}
 
 
 def clock(options: Options) -> str:
-    "The clock that ratios are taken of."
+    "The clock whose seconds the ratios compare."
     return "cpu_s" if options.device == "cpu" else "wall_s"
 
 
@@ -206,7 +206,7 @@ def _map_blocks_from(size: int) -> None:
 
 @contextmanager
 def clean_heap(options: Options) -> Iterator[None]:
-    """Maps every block of 64 KiB or more on its own for as long as it lasts: for runs before a measured one.
+    """Gives every block of 64 KiB or more a mapping of its own while it lasts: for runs before a measured one.
 
     A run without it leaves free blocks in the heap, which malloc hands out again and does not give back: the next
     `PeakMemory` would count what has long been freed, a quarter too much or more.
@@ -272,13 +272,13 @@ def _processor(options: Options) -> str:
     if options.device != "cpu":
         return torch.cuda.get_device_name()
     if sys.platform.startswith("linux"):
-        found = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        return found[0].partition(": ")[2] if found else platform.machine()
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        return names[0].partition(": ")[2] if names else platform.machine()
     return platform.processor() or platform.machine()
 
 
 def machine(options: Options) -> dict[str, Any]:
-    "What the figures depend on."
+    "The machine and the versions that the figures depend on."
     names = {}
     for name in ("torch", "transformers", "trl"):
         try:
@@ -321,7 +321,7 @@ def show(title: str, columns: list[str], rows: list[list[Any]]) -> None:
 
 # --- equality ---------------------------------------------------------------------------------------------------------
 
-# float32: what rounding leaves. bfloat16 has 8 bits: no two ways of computing agree closely, the check finds gross errors.
+# float32 allows for rounding. In bfloat16, with 8 bits, no two ways of computing agree closely: the check finds gross errors.
 TOLERANCE = {"float32": (1e-4, 1e-4), "bfloat16": (0.5, 0.2)}
 
 
@@ -339,10 +339,10 @@ def relative_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> f
 
 def check_equal(name: str, logps: tuple[Tensor, Tensor], grads: tuple[dict, dict] | None, options: Options) -> dict[str, float]:
     "Largest difference of log-probs and relative difference of gradients; raises `SystemExit` above the tolerance."
-    found = dict(logp_difference=float((logps[0].detach().float() - logps[1].detach().float()).abs().max()))
+    differences = dict(logp_difference=float((logps[0].detach().float() - logps[1].detach().float()).abs().max()))
     if grads is not None:
-        found["gradient_difference"] = relative_difference(*grads)
-    for (what, value), allowed in zip(found.items(), TOLERANCE[options.dtype]):
+        differences["gradient_difference"] = relative_difference(*grads)
+    for (what, value), allowed in zip(differences.items(), TOLERANCE[options.dtype]):
         if not value <= allowed:
             raise SystemExit(f"{name}: {what} is {value:.3g}, allowed at {options.dtype} is {allowed:g}: nothing was timed")
-    return found
+    return differences

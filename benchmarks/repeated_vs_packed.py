@@ -21,11 +21,11 @@ SIDES = ("repeated", "vision_once", "packed")
 @dataclass
 class Settings(Options):
     "Repeated rows against the packed row."
-    repeats: int = 2  # times that each side is timed, in turns
-    prompt_lengths: tuple[int, ...] = (712, 1400)  # P; 712 tokens hold 16 frames of 252 x 252
-    lengths: tuple[int, ...] = (128, 512)  # C, tokens of each response
-    groups: tuple[int, ...] = (4, 8, 16)  # G
-    every: bool = False  # all combinations; else the long prompt with G = 8 alone
+    repeats: int = 2  # number of times that each side is timed; the sides take turns
+    prompt_lengths: tuple[int, ...] = (712, 1400)  # values of P; 712 tokens hold 16 frames of 252 x 252
+    lengths: tuple[int, ...] = (128, 512)  # values of C, tokens of each response
+    groups: tuple[int, ...] = (4, 8, 16)  # values of G
+    every: bool = False  # all combinations; without it the long prompt has G = 8 alone
 
     def __post_init__(self):
         super().__post_init__()
@@ -34,12 +34,12 @@ class Settings(Options):
 
     def cases(self) -> list[tuple[int, int, int]]:
         "(P, C, G) of each case."
-        found = [(p, c, g) for p in self.prompt_lengths for c in self.lengths for g in self.groups]
-        return [case for case in found if self.every or case[0] == self.prompt_lengths[0] or case[2] == 8]
+        combinations = [(p, c, g) for p in self.prompt_lengths for c in self.lengths for g in self.groups]
+        return [case for case in combinations if self.every or case[0] == self.prompt_lengths[0] or case[2] == 8]
 
 
 def repeated_logps(policy: PolicyModel, rollout: Rollout, *, vision_once: bool = False) -> Tensor:
-    """(G, C) log-probs by transformers' own forward of G whole rows: what trainers do.
+    """(G, C) log-probs by transformers' own forward of G whole rows, as trainers compute them.
 
     Every row holds prompt, video and response, and the encoder runs for each of them; with `vision_once` it runs once. Logits
     are computed for the responses alone. Both sides score the distribution without placeholders.
@@ -73,9 +73,9 @@ def make_sides(policy: PolicyModel, rollout: Rollout) -> dict[str, Callable[[], 
         def run() -> Tensor:
             use_attention(policy, packed)
             policy.zero_grad(set_to_none=False)
-            found = logps()
-            (found * weights).sum().backward()
-            return found.detach()
+            values = logps()
+            (values * weights).sum().backward()
+            return values.detach()
         return run
 
     return {"repeated": side(lambda: repeated_logps(policy, rollout), False),
@@ -85,7 +85,7 @@ def make_sides(policy: PolicyModel, rollout: Rollout) -> dict[str, Callable[[], 
 
 @contextmanager
 def split_attention(policy: PolicyModel) -> Iterator[None]:
-    "The kernel whose FLOPs the counter knows, for as long as it counts."
+    "A context in which the policy uses the kernel whose FLOPs the counter knows."
     chosen, policy.attention = policy.attention, "split"
     try:
         yield
@@ -116,7 +116,7 @@ def inspect(policy: PolicyModel, rollout: Rollout, sides: dict[str, Callable[[],
 
 
 def measure(policy: PolicyModel, rollouts: list[Rollout], options: Options, names: tuple[str, ...] = SIDES) -> Iterator[dict]:
-    "All cases: first the equality, FLOPs and peak memory of each, then its seconds, with which it is yielded."
+    "Yields all cases: equality, FLOPs and peak memory are found for all of them first, then the seconds of each."
     runs = [{name: run for name, run in make_sides(policy, rollout).items() if name in names} for rollout in rollouts]
     with clean_heap(options):
         cases = [inspect(policy, rollout, sides, options)

@@ -12,16 +12,16 @@ from torch import Tensor
 
 from deepvideo_r1.core import Prompt, make_generator
 from deepvideo_r1.model.policy import PolicyModel
-from deepvideo_r1.model.rollout import Completions, complete
+from deepvideo_r1.model.rollout import Completions, Sampling, complete
 
 
 @dataclass
 class Settings(Options):
     "Our rollout against transformers' generate."
-    prompt_lengths: tuple[int, ...] = (712, 1400)  # P; 712 tokens hold 16 frames of 252 x 252
+    prompt_lengths: tuple[int, ...] = (712, 1400)  # values of P; 712 tokens hold 16 frames of 252 x 252
     lengths: tuple[int, ...] = (48, 128)  # tokens of each response
-    groups: tuple[int, ...] = (4, 8, 16)  # G
-    every: bool = False  # all combinations; else G = 8, and the first P and length with each G
+    groups: tuple[int, ...] = (4, 8, 16)  # values of G
+    every: bool = False  # all combinations; without it G = 8, and every G for the first P and length
 
     def __post_init__(self):
         super().__post_init__()
@@ -31,17 +31,17 @@ class Settings(Options):
     def cases(self) -> list[tuple[int, int, int]]:
         "(P, C, G) of each case."
         first = self.prompt_lengths[0], self.lengths[0]
-        found = [(p, c, g) for p in self.prompt_lengths for c in self.lengths for g in self.groups]
-        return [case for case in found if self.every or case[2] == 8 or case[:2] == first]
+        combinations = [(p, c, g) for p in self.prompt_lengths for c in self.lengths for g in self.groups]
+        return [case for case in combinations if self.every or case[2] == 8 or case[:2] == first]
 
 
 def generated(policy: PolicyModel, prompt: Prompt, groups: int, n_tokens: int) -> Tensor:
     "(G, C) ids by transformers: temperature 1, no top-k or top-p, placeholders never drawn, no stop id."
-    how = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=groups)
-    return _generate(policy, prompt, n_tokens, **how)[:, len(prompt.prompt_ids):]
+    sampling = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=groups)
+    return _generate(policy, prompt, n_tokens, **sampling)[:, len(prompt.prompt_ids):]
 
 
-def _generate(policy: PolicyModel, prompt: Prompt, n_tokens: int, **how: Any) -> Any:
+def _generate(policy: PolicyModel, prompt: Prompt, n_tokens: int, **sampling: Any) -> Any:
     use_attention(policy, False)
     ids = prompt.prompt_ids[None].to(policy.device)
     with torch.no_grad():
@@ -50,27 +50,27 @@ def _generate(policy: PolicyModel, prompt: Prompt, n_tokens: int, **how: Any) ->
             pixel_values_videos=prompt.patches.to(policy.device, policy.base.dtype),
             video_grid_thw=prompt.grid_thw.to(policy.device), max_new_tokens=n_tokens, min_new_tokens=n_tokens,
             second_per_grid_ts=torch.tensor(prompt.seconds_per_grid, dtype=torch.float64),
-            suppress_tokens=policy.banned.tolist(), eos_token_id=None, pad_token_id=PAD, **how)
+            suppress_tokens=policy.banned.tolist(), eos_token_id=None, pad_token_id=PAD, **sampling)
 
 
 def rolled_out(policy: PolicyModel, prompt: Prompt, groups: int, n_tokens: int) -> Tensor:
-    "(G, C) ids by our rollout, with the same settings; it returns log-probs as well."
+    "(G, C) ids by our rollout with the same settings; the rollout computes log-probs as well."
     return _complete(policy, prompt, groups, n_tokens, 1.0).ids[0]
 
 
 def _complete(policy: PolicyModel, prompt: Prompt, groups: int, n_tokens: int, temperature: float) -> Completions:
     use_attention(policy, True)
     uniforms = torch.rand(1, groups, n_tokens, generator=make_generator("uniforms"), dtype=torch.float64)
-    return complete(policy, [prompt], uniforms, temperature=temperature, stop_ids=[-1])
+    return complete(policy, [prompt], uniforms, Sampling(temperature=temperature), stop_ids=[-1])
 
 
 def check_greedy(policy: PolicyModel, prompt: Prompt, groups: int, n_tokens: int, options: Options) -> dict[str, float]:
-    "Share of equal greedy tokens, and the largest difference of their log-probs: in float32 all are equal, or nothing is timed."
+    "Share of equal greedy tokens, and the largest difference of their log-probs; in float32 it stops unless all are equal."
     theirs = _generate(policy, prompt, n_tokens, do_sample=False, return_dict_in_generate=True, output_scores=True)
     ours = _complete(policy, prompt, groups, n_tokens, 0.0)
     ids = theirs.sequences[:, len(prompt.prompt_ids):].cpu()
     equal = (ours.ids[0] == ids).float().mean().item()
-    if options.dtype == "bfloat16":  # a near tie may fall either way, and all that follows differs
+    if options.dtype == "bfloat16":  # a near tie may fall either way, and then all later tokens differ
         return dict(greedy_equal=equal)
     if equal < 1:
         raise SystemExit(f"P={len(prompt.prompt_ids)}: {equal:.1%} of the greedy tokens are equal: nothing was timed")

@@ -1,7 +1,7 @@
 """A whole training step: TRL's GRPOTrainer against our trainer, on the same text-only model, tokens, batch, KL and optimizer.
 
 TRL takes no video, so both train a Qwen2. Ours is the language model inside a Qwen2.5-VL with the same weights; its encoder is
-never called. Generation is left out on both sides: stored responses come back at once (TRL's `rollout_func`, our `sample`).
+never called. Generation is left out on both sides: stored responses come back at once (TRL's `rollout_func`, our `roll_out`).
 """
 import shutil
 import tempfile
@@ -34,11 +34,11 @@ LEARNING_RATE, KL, CLIP, BETAS, MAX_NORM = 1e-5, 0.04, 0.2, (0.9, 0.99), 1.0
 @dataclass
 class Settings(Options):
     "A training step against TRL's."
-    repeats: int = 2  # times that each side is timed, in turns
+    repeats: int = 2  # number of times that each side is timed; the sides take turns
     prompt_length: int = 712  # P
-    lengths: tuple[int, ...] = (128, 512)  # C, tokens of each response
+    lengths: tuple[int, ...] = (128, 512)  # values of C, tokens of each response
     group_size: int = 8  # G
-    prompts: int = 2  # B, groups of a step, one in each forward pass
+    prompts: int = 2  # B, number of groups in a step, one in each forward pass
 
     def __post_init__(self):
         super().__post_init__()
@@ -49,39 +49,39 @@ class Settings(Options):
 # --- our side ---------------------------------------------------------------------------------------------------------
 
 class EntropyHead(LogpHead):
-    "A head that computes the entropy of every token as well, as TRL does for its log."
+    "A head that also computes the entropy of every token, as TRL does for its log."
     entropies: list[Tensor] = []
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None, *, entropy: bool = False, **how: Any):
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, *, entropy: bool = False, **options: Any):
         if targets is None or not hidden.requires_grad:  # the reference needs none
-            return super().forward(hidden, targets, entropy=entropy, **how)
-        logps, found = super().forward(hidden, targets, entropy=True, **how)
-        self.entropies.append(found)
-        return (logps, found) if entropy else logps
+            return super().forward(hidden, targets, entropy=entropy, **options)
+        logps, entropies = super().forward(hidden, targets, entropy=True, **options)
+        self.entropies.append(entropies)
+        return (logps, entropies) if entropy else logps
 
 
 class RepeatedRows(PolicyModel):
-    "A policy that shares nothing: each response has a row of its own with the whole prompt."
+    "A policy that shares nothing: each response has its own row with the whole prompt."
 
-    def forward(self, batch: PolicyBatch, **how: Any):
+    def forward(self, batch: PolicyBatch, **options: Any):
         groups = batch.completion_ids.shape[1]
         again = lambda x, axis=0: x.repeat_interleave(groups, axis)
         rows = PolicyBatch(again(batch.prompt_ids), again(batch.prompt_mask), again(batch.prompt_positions, 1),
                            again(batch.next_position), batch.completion_ids.flatten(0, 1)[:, None],
                            batch.completion_mask.flatten(0, 1)[:, None])
-        found = super().forward(rows, **how)
+        outputs = super().forward(rows, **options)
         grouped = lambda values: values[:, 0].unflatten(0, (-1, groups))
-        return tuple(map(grouped, found)) if isinstance(found, tuple) else grouped(found)
+        return tuple(map(grouped, outputs)) if isinstance(outputs, tuple) else grouped(outputs)
 
 
 class Stored(Trainer):
     "Our trainer with stored responses."
     groups: dict[str, Rollout]
 
-    def ask(self, sample: Sample, visuals: list, **how: Any) -> Prompt:
+    def ask(self, sample: Sample, visuals: list, **options: Any) -> Prompt:
         return self.groups[sample.id].prompt
 
-    def roll_out(self, samples, prompts, stream, features=None, sampled=None) -> list[Rollout]:
+    def roll_out(self, samples, prompts, stream, features=None) -> list[Rollout]:
         return [replace(self.groups[s.id], rewards=torch.tensor(rewards(self.groups[s.id].completion_ids.tolist())))
                 for s in samples]
 
@@ -107,7 +107,7 @@ def our_trainer(policy: PolicyModel, groups: list[Rollout], settings: Settings, 
 # --- TRL --------------------------------------------------------------------------------------------------------------
 
 def write_checkpoint(model: torch.nn.Module, directory: Path) -> None:
-    "Model and a tokenizer of as many words as its vocabulary has ids: TRL reads both from a directory."
+    "Writes the model and a tokenizer with one word for each id: TRL reads both from a directory."
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -119,7 +119,7 @@ def write_checkpoint(model: torch.nn.Module, directory: Path) -> None:
 
 
 def run_trl(checkpoint: Path, groups: list[Rollout], settings: Settings, meter: "Turns") -> tuple[list[dict], torch.nn.Module]:
-    "Trains; `meter` is told of the start and the end of every step. Returns the log and the model."
+    "Trains with TRL; `meter` is told of the start and the end of every step. Returns the log and the model."
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -127,13 +127,13 @@ def run_trl(checkpoint: Path, groups: list[Rollout], settings: Settings, meter: 
     stored = {group.sample.id: group for group in groups}
 
     def rollout_func(prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
-        found: dict[str, list] = dict(prompt_ids=[], completion_ids=[], logprobs=None)
+        answer: dict[str, list] = dict(prompt_ids=[], completion_ids=[], logprobs=None)
         seen: dict[str, int] = {}
-        for name in prompts:  # every prompt stands in the batch G times
+        for name in prompts:  # every prompt is in the batch G times
             place = seen[name] = seen.get(name, -1) + 1
-            found["prompt_ids"].append(stored[name].prompt.prompt_ids.tolist())
-            found["completion_ids"].append(stored[name].completion_ids[place].tolist())
-        return found
+            answer["prompt_ids"].append(stored[name].prompt.prompt_ids.tolist())
+            answer["completion_ids"].append(stored[name].completion_ids[place].tolist())
+        return answer
 
     class Callback(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
@@ -147,7 +147,7 @@ def run_trl(checkpoint: Path, groups: list[Rollout], settings: Settings, meter: 
         output_dir=str(checkpoint.parent / "trl"), per_device_train_batch_size=settings.group_size,
         gradient_accumulation_steps=len(groups), num_generations=settings.group_size, max_steps=settings.repeats + 2,
         max_completion_length=groups[0].completion_ids.shape[1], beta=KL, epsilon=CLIP, loss_type="grpo", scale_rewards="group",
-        use_bias_correction_kl=False,  # its default multiplies the KL by the ratio, which changes the gradient: another loss
+        use_bias_correction_kl=False,  # the default multiplies the KL by the ratio, which gives another gradient
         temperature=1.0, learning_rate=LEARNING_RATE, lr_scheduler_type="constant", warmup_steps=0, adam_beta1=BETAS[0],
         adam_beta2=BETAS[1], weight_decay=0.0, max_grad_norm=MAX_NORM, optim="adamw_torch", bf16=False,
         gradient_checkpointing=False, use_cpu=settings.device == "cpu", shuffle_dataset=False, logging_steps=1,
@@ -157,7 +157,7 @@ def run_trl(checkpoint: Path, groups: list[Rollout], settings: Settings, meter: 
                           train_dataset=Dataset.from_dict({"prompt": list(stored)}), callbacks=[Callback()])
     log: list[dict] = []
 
-    def keep(logs: dict[str, float], *args) -> None:  # TRL notes the entropy of each of the B forward passes
+    def keep(logs: dict[str, float], *args) -> None:  # TRL logs the entropy of each of the B forward passes
         log.append({**logs, "entropy": mean(trainer._metrics["train"]["entropy"][-len(groups):])})
 
     trainer.log = keep
@@ -168,7 +168,7 @@ def run_trl(checkpoint: Path, groups: list[Rollout], settings: Settings, meter: 
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 class Turns:
-    "Lets the sides take turns: the first step of each warms up, the second shows peak memory, the others are timed."
+    "The sides take turns: the first step of each warms up, the second shows peak memory, the others are timed."
 
     def __init__(self, sides: dict[str, Callable[[], Any]], settings: Settings):
         self.sides, self.settings, self.done = sides, settings, {name: 0 for name in ("trl", *sides)}
@@ -249,7 +249,7 @@ def measure(settings: Settings, n_tokens: int, directory: Path) -> dict:
 
 
 def plain_logps(model: torch.nn.Module, group: Rollout) -> Tensor:
-    "(G, C) by the text model itself."
+    "(G, C) log-probs by the text model itself."
     ids = group.completion_ids.to(model.device)
     rows = torch.cat([group.prompt.prompt_ids.to(model.device).expand(len(ids), -1), ids], dim=1)
     logits = model(input_ids=rows, attention_mask=torch.ones_like(rows), logits_to_keep=ids.shape[1] + 1).logits[:, :-1].float()
@@ -260,14 +260,14 @@ def compare_logs(logs: dict[str, list[dict]], settings: Settings) -> dict[str, f
     "Largest relative difference of gradient norm and entropy between TRL and ours over all steps; stops where they differ."
     theirs = [row for row in logs["trl"] if "grad_norm" in row]
     assert len(theirs) == len(logs["packed"]) == settings.repeats + 2, "the sides ran different numbers of steps"
-    found = {}
+    differences = {}
     for name in ("grad_norm", "entropy"):
         pairs = [(a[name], b[name]) for side in ("packed", "repeated") for a, b in zip(logs[side], theirs)]
-        found[name] = max(abs(a - b) / abs(b) for a, b in pairs)
+        differences[name] = max(abs(a - b) / abs(b) for a, b in pairs)
         limit = 1e-4 if settings.dtype == "float32" else 0.1
-        if not found[name] <= limit:
-            raise SystemExit(f"{name} differs from TRL's by {found[name]:.2g} of it, allowed is {limit:g}: {pairs}")
-    return found
+        if not differences[name] <= limit:
+            raise SystemExit(f"{name} differs from TRL's by {differences[name]:.2g} of it, allowed is {limit:g}: {pairs}")
+    return differences
 
 
 def main(settings: Settings) -> None:

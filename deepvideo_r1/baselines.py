@@ -19,13 +19,13 @@ from torch import Tensor
 from .advantage import check_rewards, group_advantages, is_vanishing
 from .config import ObjectiveConfig
 from deepvideo_r1.grpo import (
-    average_tokens, bounded_exp, check_objective_inputs, grpo_loss, kl_k3, policy_metrics, token_log_ratio,
+    average_over_real_tokens, bounded_exp, check_objective_inputs, grpo_loss, kl_k3, policy_metrics, token_log_ratio,
 )
 from .reg_grpo import reg_grpo_loss, regression_metrics
 
 # %% ../nbs/08_baselines.ipynb #69766b12
 def _finish(
-    own: dict[str, Tensor],  # the loss without its KL term, under its name in the metrics
+    first_term: dict[str, Tensor],  # the loss without its KL term, under its name in the metrics
     inputs: tuple[Tensor, ...],  # logps, old_logps, ref_logps, completion_mask, rewards
     kl_coef: float,  # weight of the KL term
     length_norm: str,  # how the KL's tokens are averaged
@@ -33,22 +33,22 @@ def _finish(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     "The loss with its KL term, and the metrics that all objectives have."
     logps, old_logps, ref_logps, completion_mask, rewards = inputs
-    loss, = own.values()
+    loss, = first_term.values()
     kl = torch.zeros_like(loss)
     if ref_logps is not None:
-        kl = average_tokens(kl_k3(logps, ref_logps, completion_mask), completion_mask,
-                            length_norm=length_norm, max_length=max_length)
+        kl = average_over_real_tokens(kl_k3(logps, ref_logps, completion_mask), completion_mask,
+                                      length_norm=length_norm, max_length=max_length)
     loss = loss + kl_coef * kl
     token_ratio = token_log_ratio(logps.detach(), old_logps, completion_mask)
     advantages = group_advantages(rewards).to(token_ratio)
-    metrics = {k: v.detach() for k, v in dict(loss=loss, kl=kl, **own).items()}
+    metrics = {name: value.detach() for name, value in dict(loss=loss, kl=kl, **first_term).items()}
     metrics |= policy_metrics(bounded_exp(token_ratio), completion_mask, advantages, rewards)
     return loss, metrics | regression_metrics(token_ratio.sum(-1), advantages)
 
 # %% ../nbs/08_baselines.ipynb #2435ff56
 def reinforce_loss(
     logps: Tensor,  # (B, G, T) log pi_theta of response tokens
-    old_logps: Tensor,  # (B, G, T) log pi_old, used by the metrics alone
+    old_logps: Tensor,  # (B, G, T) log pi_old, from the scoring pass before the first update; only for the metrics
     ref_logps: Tensor | None,  # (B, G, T) log pi_ref; None is allowed when kl_coef is 0
     completion_mask: Tensor,  # (B, G, T) 1 on real tokens, 0 on padding
     rewards: Tensor,  # (B, G) rewards of whole responses
@@ -67,7 +67,7 @@ def reinforce_loss(
 # %% ../nbs/08_baselines.ipynb #01e7a173
 def rloo_loss(
     logps: Tensor,  # (B, G, T) log pi_theta of response tokens
-    old_logps: Tensor,  # (B, G, T) log pi_old, used by the metrics alone
+    old_logps: Tensor,  # (B, G, T) log pi_old, from the scoring pass before the first update; only for the metrics
     ref_logps: Tensor | None,  # (B, G, T) log pi_ref; None is allowed when kl_coef is 0
     completion_mask: Tensor,  # (B, G, T) 1 on real tokens, 0 on padding
     rewards: Tensor,  # (B, G) rewards of whole responses
@@ -80,13 +80,14 @@ def rloo_loss(
     inputs = (logps, old_logps, ref_logps, completion_mask, rewards)
     check_objective_inputs(*inputs, kl_coef=kl_coef)
     likelihood = token_log_ratio(logps, torch.zeros_like(logps), completion_mask).sum(-1)
-    rewards, G = check_rewards(rewards).to(likelihood), rewards.shape[1]
-    gain = (rewards - rewards.mean(-1, keepdim=True)) * (G / (G - 1))  # = reward - mean of the others
+    rewards, group_size = check_rewards(rewards).to(likelihood), rewards.shape[1]
+    gain = (rewards - rewards.mean(-1, keepdim=True)) * (group_size / (group_size - 1))  # reward - mean of the others
     gain = gain.masked_fill(is_vanishing(rewards)[:, None], 0.0)
     return _finish({"policy_loss": -(gain * likelihood).mean()}, inputs, kl_coef, length_norm, max_length)
 
 # %% ../nbs/08_baselines.ipynb #50508326
 def _check_temperature(temperature: float) -> None:
+    "Raises `ValueError` unless `temperature` is above 0 and finite."
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature}, it must be above 0: it is the lambda of Eq. 3, "
                          "what one nat of log-ratio is worth in units of reward")
@@ -140,7 +141,7 @@ def reward_regression_loss(
 # %% ../nbs/08_baselines.ipynb #a3037c3c
 def dpo_loss(
     logps: Tensor,  # (B, G, T) log pi_theta of response tokens
-    old_logps: Tensor,  # (B, G, T) log pi_old, used by the metrics alone
+    old_logps: Tensor,  # (B, G, T) log pi_old, from the scoring pass before the first update; only for the metrics
     ref_logps: Tensor,  # (B, G, T) log pi_ref, never None: the loss compares with it
     completion_mask: Tensor,  # (B, G, T) 1 on real tokens, 0 on padding
     rewards: Tensor,  # (B, G) rewards of whole responses; only the best and the worst of a group are used
@@ -174,13 +175,13 @@ OBJECTIVES: dict[str, Callable[..., tuple[Tensor, dict[str, Tensor]]]] = {
     "dpo": dpo_loss,
     "online_dpo": dpo_loss,
 }
-SAMPLED_FROM_REFERENCE = frozenset({"dpo"})  # responses are sampled once, from the reference, not from the policy
+SAMPLED_FROM_REFERENCE = frozenset({"dpo"})  # responses are sampled once from the reference, not from the policy
 NEEDS_REFERENCE = frozenset({"dpo", "online_dpo"})  # ref_logps must be given even when kl_coef is 0
 
 # %% ../nbs/08_baselines.ipynb #714be09b
 def objective_knobs(
-    config: ObjectiveConfig,  # of the run
-    max_tokens: int,  # longest response that may be sampled, what `length_norm="constant"` divides by
+    config: ObjectiveConfig,  # the objective of the run, and its knobs
+    max_tokens: int,  # longest response that may be sampled, the divisor of `length_norm="constant"`
 ) -> dict[str, float | str | None]:
     "The keyword arguments that the objective of this config takes."
     arguments = inspect.signature(OBJECTIVES[config.name]).parameters
@@ -192,7 +193,7 @@ def objective_knobs(
 
 
 def needs_reference(
-    config: ObjectiveConfig,  # of the run
+    config: ObjectiveConfig,  # the objective of the run, and its knobs
 ) -> bool:
     "True when the loss reads the reference's log-probabilities."
     return config.name in NEEDS_REFERENCE or objective_knobs(config, 1)["kl_coef"] > 0

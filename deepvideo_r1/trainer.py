@@ -93,10 +93,11 @@ def warn_of_gap(
     "Warns once in a run when the responses come from another distribution than the one that is scored."
     if gap > bound and not state.gap_warned:
         state.gap_warned = True
-        warnings.warn(f"sampler and scoring pass differ by {gap:.3g} nats per token, more than train.max_sampler_gap "
-                      f"({bound:g}): the responses come from another distribution than the one that is scored, and nothing "
-                      "corrects for it. Usual causes: rollout.top_k or top_p, another temperature, bfloat16, stale weights.",
-                      stacklevel=3)
+        warnings.warn(
+            f"sampler and scoring pass differ by {gap:.3g} nats per token, more than train.max_sampler_gap "
+            f"({bound:g}): the responses come from another distribution than the one that is scored, and nothing "
+            "corrects for it. Usual causes: rollout.top_k or top_p, another temperature, bfloat16, stale weights.",
+            stacklevel=3)
 
 # %% ../nbs/12_trainer.ipynb #7d4dbf04
 class Trainer:
@@ -129,53 +130,65 @@ class Trainer:
 
     def step(self) -> dict[str, float]:
         "Ask, sample, score, compare, augment, update; returns the metrics of the step, averaged over processes."
-        started, step, config, sampled = time.perf_counter(), self.state.next_step, self.config, []
+        config, step, started = self.config, self.state.next_step, time.perf_counter()
+        sampled: list[Rollout] = []  # every group of this step, second ones and traces included
         self.policy.eval()
+
+        def roll_out(samples, prompts, purpose, features=None) -> list[Rollout]:
+            groups = self.roll_out(samples, prompts, f"{purpose}-{step}", features)
+            sampled.extend(groups)
+            return groups
 
         # Ask the questions whose clips can be read; sample and score G responses to each.
         questions = self.feed.take(step)
+        visuals = [question.visuals for question in questions]
         prompts = [self.ask(question.sample, question.visuals) for question in questions]
-        original = self.roll_out([question.sample for question in questions], prompts, f"rollout-{step}", None, sampled)
+        original = roll_out([question.sample for question in questions], prompts, "rollout")
         rewards = gather_rewards(questions, original)
         if rewards is None:
-            raise TrainingError(f"step {step}: no clip can be read; the first is {next(iter(self.state.seen.bad.values()))}")
+            cause = next(iter(self.state.seen.bad.values()))
+            raise TrainingError(f"step {step}: no clip can be read; the first is {cause}")
 
-        # Compare each group with the past (Eq. 9), augment by the difference, and only then remember the group.
-        original = [replace(group, difficulty=measure_difficulty(group.rewards, self.state.buffer, config.augment)) for group in original]
+        # Compare each group with the past (Eq. 9), change prompts by the difference, and only then remember the groups.
+        difficulties = [measure_difficulty(group.rewards, self.state.buffer, config.augment) for group in original]
+        original = [replace(group, difficulty=value) for group, value in zip(original, difficulties)]
         final = original
         if config.augment.enabled:
-            again = lambda samples, prompts, purpose, features: self.roll_out(samples, prompts, f"{purpose}-{step}", features, sampled)
-            final = augment_groups(original, [question.visuals for question in questions], self.ask, again, config.augment,
+            final = augment_groups(original, visuals, self.ask, roll_out, config.augment,
                                    key=(config.train.seed, "noise", step), step=step)
         self.state.buffer.push(rewards)
 
         # Update on the group that every prompt ended with.
-        losses, gap = update_policy(self.learner, final, stand_in(self.samples[0], self.processor.tokenizer.eos_token_id), step=step,
-                                    objective=config.objective, train=config.train, max_tokens=config.rollout.max_tokens)
-        metrics = losses | step_metrics(gather_object([group_sums(original, final, len(sampled) * config.rollout.group_size)]))
-        metrics |= gap_metrics(gather_object([gap])) | {"responses": self.state.responses + int(metrics["responses"])}
+        spare = stand_in(self.samples[0], self.processor.tokenizer.eos_token_id)
+        losses, gap = update_policy(self.learner, final, spare, objective=config.objective, train=config.train,
+                                    max_tokens=config.rollout.max_tokens, step=step)
+        sums = group_sums(original, final, n_sampled=len(sampled) * config.rollout.group_size)
+        return self.finish(started, losses | step_metrics(gather_object([sums])) | gap_metrics(gather_object([gap])))
+
+    def finish(self, started: float, metrics: dict[str, float]) -> dict[str, float]:
+        "Ends a step: its metrics, with counts since the run began; raises `TrainingError` for one that is not finite."
+        state, step = self.state, self.state.next_step
         check_finite(metrics, step)
-        if config.objective.name not in SAMPLED_FROM_REFERENCE:  # there another policy samples by design
-            warn_of_gap(metrics["sampler_gap"], config.train.max_sampler_gap, self.state)
-        self.state.next_step, self.state.responses = step + 1, metrics["responses"]
-        return {"step": step, **metrics, "bad_clips": len(self.state.seen.bad), "seconds": time.perf_counter() - started}
+        from_reference = self.config.objective.name in SAMPLED_FROM_REFERENCE  # there another policy samples by design
+        if self.accelerator.is_main_process and not from_reference:
+            warn_of_gap(metrics["sampler_gap"], self.config.train.max_sampler_gap, state)
+        state.next_step, state.responses = step + 1, state.responses + int(metrics["responses"])
+        return {"step": step, **metrics, "responses": state.responses, "bad_clips": len(state.seen.bad),
+                "seconds": time.perf_counter() - started}
 
     def ask(self, sample: Sample, visuals: list[tuple[str, Clip]], **changes) -> Prompt:
         "The prompt of a sample in this run's template; `changes` as in `build_prompt`."
         return build_prompt(sample, visuals, self.processor, template=self.config.prompt.template, **changes)
 
     def roll_out(self, samples: Sequence[Sample], prompts: Sequence[Prompt], stream: str,
-                 features: Sequence[Tensor | None] | None = None, sampled: list[Rollout] | None = None) -> list[Rollout]:
-        "Scored groups, one for each prompt, entered in `sampled` too; each draws from a random stream of its own."
+                 features: Sequence[Tensor | None] | None = None) -> list[Rollout]:
+        "Scored groups, one for each prompt; `stream` and the sample name the random numbers."
         keys = [(self.config.train.seed, stream, sample.id) for sample in samples]
         from_reference = self.config.objective.name in SAMPLED_FROM_REFERENCE
         with self.learner.reference.policy(self.policy) if from_reference else nullcontext(self.policy) as policy:
             groups = rollout_groups(policy, self.processor, samples, prompts, keys, **asdict(self.config.rollout),
                                     visual_features=encode_missing(self.policy, prompts, features))
-        groups = [self.score(group) for group in groups]
-        if sampled is not None:
-            sampled += groups
-        return groups
+        return [self.score(group) for group in groups]
 
 # %% ../nbs/12_trainer.ipynb #ce46f81b
 def save_checkpoint(
@@ -195,7 +208,8 @@ def save_checkpoint(
         with naming_disk_errors(root, remove=aside):
             state = trainer.state.state_dict() | {"processes": accelerator.num_processes}
             (aside / "trainer.json").write_text(json.dumps(state))
-            publish_checkpoint(aside, root / f"step-{trainer.state.next_step:06d}", trainer.config.train.keep_checkpoints)
+            target = root / f"step-{trainer.state.next_step:06d}"
+            publish_checkpoint(aside, target, trainer.config.train.keep_checkpoints)
     accelerator.wait_for_everyone()
 
 

@@ -1,4 +1,4 @@
-"""Sphinx configuration: stored outputs, no request to another host."""
+"""Sphinx configuration: pages show stored outputs and make no request to another host."""
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -28,7 +28,7 @@ html_show_sourcelink = html_copy_source = False
 
 
 def keep_formulas(app, doctree):
-    "Hand formulas to MathJax as they are written: Sphinx's wrapping breaks those of several lines with a tag."
+    "Pass formulas to MathJax as they are written: Sphinx's wrapping breaks formulas of several lines with a tag."
     for node in doctree.findall(nodes.math_block):
         text = node.astext()
         node.children = [nodes.Text(text if "amsmath" in node["classes"] else rf"\[{text}\]")]

@@ -1,7 +1,7 @@
 """README.md, written from a fresh run of `nbs/index.ipynb`.
 
-`python docs/readme.py` writes README.md, its pictures in docs/images/, and the fresh outputs into the notebook;
-`python docs/readme.py DIRECTORY` writes README.md and docs/images/ there instead and leaves this repository as it is.
+`python docs/readme.py` writes README.md and its pictures in docs/images/. It also stores fresh outputs in the notebook and in
+`nbs/map.ipynb`. `python docs/readme.py DIRECTORY` writes README.md and docs/images/ there and leaves this repository as it is.
 """
 import re
 import shutil
@@ -15,7 +15,7 @@ from execnb.shell import CaptureShell
 from fastcore.xtras import working_directory
 from nbdev.clean import clean_nb
 
-INDEX = NBS / "index.ipynb"
+INDEX, MAP = NBS / "index.ipynb", NBS / "map.ipynb"
 
 
 def _link(target: str) -> str:
@@ -75,7 +75,7 @@ def execute(nb):
         CaptureShell(mpl_format="png").run_all(nb, exc_stop=True)
     clean_nb(nb)
     fresh = dict2nb(nb2dict(nb))
-    fresh["path_"] = str(INDEX)
+    fresh["path_"] = nb.path_
     return fresh
 
 
@@ -84,6 +84,7 @@ if __name__ == "__main__":
     root = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT
     if root == ROOT:
         write_nb(nb, INDEX)
+        write_nb(execute(read_nb(MAP)), MAP)
     text, pictures = readme(nb)
     shutil.rmtree(root / "docs" / "images", ignore_errors=True)
     for name, picture in pictures.items():

@@ -1,6 +1,6 @@
-"""Packs finished studies for the notebooks: `python docs/record.py NAME RUN_DIR...` writes `docs/recorded/NAME.jsonl`.
+"""Finished studies, packed for the notebooks: `python docs/record.py NAME RUN_DIR...` writes `docs/recorded/NAME.jsonl`.
 
-Each run keeps the name of its directory as `study`, which tells the settings of a sweep apart.
+Each run keeps the name of its directory as `study`. In a sweep this name tells the settings apart.
 """
 import json
 import sys

@@ -1,12 +1,12 @@
-"""Widgets on a page without a kernel: the module and the state that a notebook has stored, run by the browser."""
+"""Widgets on a page without a kernel: the browser runs the module and the state that a notebook has stored."""
 import json
 
 VIEW = "application/vnd.jupyter.widget-view+json"
 STATE = "application/vnd.jupyter.widget-state+json"
 OF_THE_WIDGET = ("layout", "tabbable", "tooltip")  # what JupyterLab needs to place it
 
-# What anywidget gives a module in JupyterLab, less the kernel. Imported from a blob, since a page that was opened as a
-# file may not import files. Until the module is there, and where scripts do not run, the picture stays.
+# The module gets what anywidget gives it in JupyterLab, without the kernel. It is imported from a blob, since a page that was
+# opened as a file may not import files. The picture stays until the module is loaded, and where scripts do not run.
 MOUNT = """
 <div class="explorer" id="%(id)s"><img alt="A still picture of the explorer" src="data:image/png;base64,%(picture)s"></div>
 <script type="module">
@@ -26,7 +26,7 @@ widget.render({ model, el });
 
 
 def mount_widget(output: dict, states: dict) -> dict:
-    "The output with its widget as HTML that runs by itself; other outputs as they are."
+    "The output with its widget as HTML that runs by itself; other outputs are returned unchanged."
     data = output.get("data", {})
     if VIEW not in data:
         return output

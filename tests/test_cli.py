@@ -1,4 +1,5 @@
 """The command `deepvideo-r1` as a user meets it: exit codes, files, one line for a mistake, stopping and going on."""
+import io
 import json
 import os
 import re
@@ -12,9 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
+from deepvideo_r1.cli import toy_table
 from deepvideo_r1.support.checkpoint import whole_checkpoints
 from deepvideo_r1.support.files import read_jsonl
+from deepvideo_r1.toy.made_up import write_made_up_run
+from deepvideo_r1.toy.runs import read_results
 
 SCRIPT = Path(sys.executable).with_name("deepvideo-r1")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
@@ -112,6 +117,41 @@ def test_help(cli, command):
     done = cli.run(*command.split(), "--help")
     assert done.code == 0 and done.stderr == ""
     assert f"usage: deepvideo-r1 {command}" in done.stdout and "tyro" not in done.stdout.lower()
+
+
+HEAVY = {"torch", "transformers", "accelerate", "peft", "numpy", "matplotlib"}
+LOOK = """import sys
+from deepvideo_r1.cli import main
+try: code = main(sys.argv[1:])
+except SystemExit as stop: code = stop.code or 0
+print(code, *sorted({name.partition(".")[0] for name in sys.modules}))"""
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--help"], ["toy", "--help"], ["train", "--help"], ["train", "--preset", "paper_7b", "--help"], ["evaluate", "--help"],
+    ["data", "check", "--help"], ["train", "--no-such-flag"], ["no-such-command"], ["toy", "--arms", "ppo"],
+    ["train", "--model", "m", "--data", "d", "--prompt.template", "chat"]], ids=" ".join)
+def test_the_parser_needs_no_heavy_library(arguments):
+    done = subprocess.run([sys.executable, "-c", LOOK, *arguments], capture_output=True, text=True, timeout=60)
+    code, *modules = done.stdout.splitlines()[-1].split()
+    assert int(code) == (0 if "--help" in arguments else 2), done.stderr
+    assert not HEAVY & set(modules)
+
+
+def test_help_lists_the_choices(cli):
+    page = cli.run("train", "--help").stdout
+    for choices in ("{plain,think}", "{float32,bfloat16}", "{always,vanishing}", "{jsonl,seed_bench_r1,", "{grpo,reg_grpo,"):
+        assert choices in page.replace("\n", "").replace(" ", ""), choices
+
+
+def test_the_table_of_the_toy_fits_a_narrow_terminal(tmp_path):
+    page = io.StringIO()
+    arms = ("grpo", "reg_grpo_da", "reg_grpo_both_redraw")
+    results = read_results(write_made_up_run(tmp_path, arms=arms, extras=False))
+    Console(file=page, width=80, force_terminal=False).print(toy_table(results))
+    lines = page.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80 and "\u2026" not in page.getvalue()
+    assert sum(line.lstrip().startswith(arms) for line in lines) == 9  # a line for each arm and seed, none is broken
 
 
 def test_world(cli, tmp_path):

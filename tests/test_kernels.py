@@ -73,7 +73,7 @@ def test_of_those_that_agree_the_fastest_is_chosen_once(monkeypatch, caplog):
         return [KernelCheck("split", 1e-3, 0.2), KernelCheck("flash", 1e-3, 0.1), KernelCheck("flex", None, None, "no compiler")]
 
     monkeypatch.setattr(kernels, "check_kernels", checks)
-    with caplog.at_level(logging.INFO, "deepvideo_r1.kernels"):
+    with caplog.at_level(logging.INFO, "deepvideo_r1.model.kernels"):
         found = {fastest_kernel(torch.device("cuda"), torch.bfloat16, 28, 4, 128) for _ in range(3)}
     assert found == {"flash"} and calls == [KERNELS] and "flex: no compiler" in caplog.text
     assert caplog.records[-1].levelno == logging.WARNING

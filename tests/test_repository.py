@@ -141,7 +141,8 @@ def test_stored_outputs_hold_no_warnings_and_no_random_paths():
 
 def test_lines_stay_within_their_width():
     for path in LIBRARY.rglob("[!_]*.py"):
-        wide = [n for n, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 120]
+        lines = path.read_text().splitlines()
+        wide = [n for n, line in enumerate(lines, 1) if len(line) > 120 and not line.startswith("__all__")]  # nbdev's own
         assert wide == [], f"{path.relative_to(LIBRARY)}: lines {wide}"
     for path in NOTEBOOKS:
         lessons = [cell for cell in cells(path, "code") if not re.match(r"#\| *exporti?\b", cell)]

@@ -14,7 +14,7 @@ from transformers import (LogitsProcessorList, Qwen2_5_VLForConditionalGeneratio
 from deepvideo_r1.core import Clip, Sample, make_generator
 from deepvideo_r1.model.policy import group_logps, load_policy
 from deepvideo_r1.model.prompt import build_prompt, load_processor
-from deepvideo_r1.model.rollout import rescore, rollout_groups, sample_tokens, sampling_logps
+from deepvideo_r1.model.rollout import Sampling, rescore, rollout_groups, sample_tokens, sampling_logps
 
 
 def clip(n_frames, height, width, seconds=0.5):
@@ -172,7 +172,7 @@ def test_a_response_ends_with_its_stop_id(tiny_model):
 def test_a_banned_id_is_never_drawn(logits, banned, level, temperature):
     banned = sorted(i for i in banned if i < len(logits))[: len(logits) - 1]
     ids, logps = sample_tokens(torch.tensor([logits]), torch.tensor([level], dtype=torch.float64),
-                               temperature=temperature, banned=torch.tensor(banned, dtype=torch.long))
+                               Sampling(temperature), banned=torch.tensor(banned, dtype=torch.long))
     assert int(ids) not in banned and torch.isfinite(logps).all() and float(logps) <= 1e-6
 
 
@@ -196,7 +196,7 @@ def test_the_cut_is_that_of_transformers(seed, n, levels, top_k, top_p, temperat
     logits = (torch.randn(4, n, generator=generator) * levels).round() / levels * 4  # few levels: many ties
     banned = torch.randperm(n, generator=generator)[: min(n_banned, n - 1)].sort().values
     how = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    ours = sampling_logps(logits, banned=banned, **how)
+    ours = sampling_logps(logits, Sampling(**how), banned=banned)
     theirs = by_transformers(logits, banned=banned.tolist(), **how)
     # Of equal tokens at the border as many are kept; which ones, its sort leaves open for rows longer than 16.
     torch.testing.assert_close(ours.sort().values, theirs.sort().values, atol=1e-6, rtol=0)
@@ -211,8 +211,8 @@ def test_the_cut_is_that_of_transformers(seed, n, levels, top_k, top_p, temperat
 
 
 def test_the_cut_at_ties_and_borders():
-    def kept(logits, **how):
-        return (sampling_logps(torch.tensor([logits]), **how)[0] > float("-inf")).tolist()
+    def kept(logits, banned=None, **how):
+        return (sampling_logps(torch.tensor([logits]), Sampling(**how), banned=banned)[0] > float("-inf")).tolist()
 
     assert kept([0.0, 1.0, 1.0, 1.0, 2.0], top_k=2) == [False, True, True, True, True]
     assert kept([0.0, 0.0, 0.0, 0.0], top_p=0.5) == [False, False, True, True]  # exactly half is held by two
@@ -229,9 +229,9 @@ def test_the_cut_at_ties_and_borders():
        level=st.one_of(st.floats(0, 1, exclude_max=True), st.sampled_from([0.0, 1 - 2**-53])))
 def test_a_draw_comes_from_the_distribution_that_is_reported(seed, top_k, top_p, temperature, level):
     logits, banned = torch.randn(3, 12, generator=make_generator(seed)) * 3, torch.tensor([2, 7])
-    how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "banned": banned}
-    ids, logps = sample_tokens(logits, torch.full((3,), level, dtype=torch.float64), **how)
-    assert torch.equal(logps, sampling_logps(logits, **how).gather(1, ids[:, None])[:, 0])
+    sampling = Sampling(temperature, top_k, top_p)
+    ids, logps = sample_tokens(logits, torch.full((3,), level, dtype=torch.float64), sampling, banned=banned)
+    assert torch.equal(logps, sampling_logps(logits, sampling, banned=banned).gather(1, ids[:, None])[:, 0])
     assert torch.isfinite(logps).all() and not torch.isin(ids, banned).any()
 
 
@@ -240,7 +240,7 @@ def test_without_a_cut_nothing_is_cut():
     uniforms = torch.rand(50, generator=make_generator("draws"), dtype=torch.float64)
     expected = (logits / 0.8).index_fill(-1, banned, float("-inf")).log_softmax(-1)
     cumulative = expected.double().exp().cumsum(-1)
-    ids, logps = sample_tokens(logits, uniforms, temperature=0.8, banned=banned)
+    ids, logps = sample_tokens(logits, uniforms, Sampling(0.8), banned=banned)
     drawn = [int((row <= u * row[-1]).sum()) for row, u in zip(cumulative, uniforms)]
     assert ids.tolist() == drawn and torch.equal(logps, expected.gather(1, ids[:, None])[:, 0])
 
@@ -279,7 +279,7 @@ def test_frequencies_are_the_probabilities():
         expected = expected[0].exp().double()
         assert (expected > 0).sum() == 9 or top_k or top_p < 1
         ids, logps = sample_tokens(logits.expand(n, -1), torch.rand(n, generator=generator, dtype=torch.float64),
-                                   temperature=temperature, top_k=top_k, top_p=top_p, banned=banned)
+                                   Sampling(temperature, top_k, top_p), banned=banned)
         found = ids.bincount(minlength=12) / n
         assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / n).sqrt()).all()
         torch.testing.assert_close(logps.double().exp(), expected[ids], atol=1e-6, rtol=0)

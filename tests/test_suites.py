@@ -25,11 +25,11 @@ from deepvideo_r1.config import PromptConfig
 from deepvideo_r1.core import Sample
 from deepvideo_r1.data.datasets import load_samples
 from deepvideo_r1.evaluation.evaluate import evaluate, parsed_answer, parsed_evidence
-from deepvideo_r1.evaluation.metrics import accuracy_metrics, grounding_metrics, own_metrics, vsi_metrics
+from deepvideo_r1.evaluation.metrics import accuracy_metrics, generic_metrics, grounding_metrics, vsi_metrics
 from deepvideo_r1.model.policy import load_policy
 from deepvideo_r1.model.prompt import EVIDENCE, load_processor, question_text
 from deepvideo_r1.reward import total_reward
-from deepvideo_r1.evaluation.suites import BENCHMARKS, load_benchmark, paper_figures
+from deepvideo_r1.evaluation.suites import BENCHMARKS, load_benchmark, paper_results
 
 PLAIN = PromptConfig("plain")
 
@@ -259,18 +259,18 @@ def test_vsi_bench_by_type(tmp_path):
 def test_the_toy_world_has_the_papers_recall():
     grounding = [Sample(id=str(i), question="?", kind="grounding", spans=((0, 10),), meta={"level": "L1"}) for i in range(4)]
     rows = [answered(s, say(text)) for s, text in zip(grounding, ("0 to 5", "0 to 10", "20 to 30", "soon"))]
-    found = by_name(own_metrics(rows))
+    found = by_name(generic_metrics(rows))
     assert found["mIoU"].mean == pytest.approx(1.5 / 4) and found["mIoU"].unparsed == 1
     assert [found[f"R@{m}"].mean for m in (0.3, 0.5, 0.7)] == [0.5, 0.25, 0.25]  # an IoU of 0.5 is not above 0.5
 
 
 def test_the_papers_figures_belong_to_a_benchmark():
     for name in BENCHMARKS:
-        figures = paper_figures(name)
+        figures = paper_results(name)
         assert all(figure.benchmark == name and 0 < figure.percent < 100 for figure in figures)
         assert len({(f.subset, f.name, f.model, f.method) for f in figures}) == len(figures)
     table_4 = {"level L1": 48.1, "level L2": 51.1, "level L3": 44.0}  # the same runs stand in Tables 1 and 4
-    assert {f.subset: f.percent for f in paper_figures("seed_bench_r1")
+    assert {f.subset: f.percent for f in paper_results("seed_bench_r1")
             if (f.model, f.method) == ("Qwen2.5-VL-3B", "DeepVideo-R1")} == table_4
 
 

@@ -1,4 +1,5 @@
 """The training loop: resuming, torn checkpoints, NaN, bad clips, seeds, and a batch that teaches nothing."""
+import copy
 import functools
 import json
 import os
@@ -317,6 +318,37 @@ def test_training_on_cut_rollouts_starts_at_a_ratio_of_one(make_trainer, tmp_pat
                            objective=ObjectiveConfig("grpo", kl_coef=0.04))
     row = trainer.step()
     assert row["clip_fraction"] == 0 and abs(row["kl"]) < 1e-6 and row["grad_norm"] > 0
+
+
+def test_sampler_and_scorer_agree_and_the_gap_is_logged(make_trainer, tmp_path):
+    for row in fit(make_trainer(tmp_path, steps=2)):
+        assert 0 <= row["sampler_gap"] <= row["sampler_gap_max"] < 1e-4 and 0 <= row["sampler_kl"] < 1e-8
+
+
+def test_the_gap_is_that_of_the_tokens_in_the_update(make_trainer, tmp_path):
+    trainer = make_trainer(tmp_path, augment=AugmentConfig(), rollout=RolloutConfig(3, max_tokens=24, top_k=3))
+    roll_out, groups = trainer.roll_out, []
+    trainer.roll_out = lambda *args: (groups.extend(roll_out(*args)), groups)[-1]
+    before = copy.deepcopy(trainer.policy)
+    row = trainer.step()
+    with torch.no_grad():
+        gaps = torch.cat([(before(rollout_batch(before, [g]))[0] - g.sampled_logps)[g.completion_mask] for g in groups])
+    assert row["sampler_gap"] == pytest.approx(float(gaps.abs().mean()), rel=1e-4) and row["sampler_gap"] > 0.01
+    assert row["sampler_gap_max"] == pytest.approx(float(gaps.abs().max()), rel=1e-4)
+    assert row["sampler_kl"] == pytest.approx(float((gaps.exp() - 1 - gaps).mean()), rel=1e-3)
+
+
+@pytest.mark.filterwarnings("error:sampler and scoring pass")
+def test_a_run_whose_gap_is_too_large_is_told_once(make_trainer, tmp_path):
+    cut = dict(rollout=RolloutConfig(3, max_tokens=24, top_k=2), max_sampler_gap=1e-3, steps=4)
+    with pytest.warns(UserWarning, match=r"differ by .* nats per token, more than train.max_sampler_gap \(0.001\)") as told:
+        with pytest.raises(Stopped):
+            fit(make_trainer(tmp_path / "cut", **cut), on_step=stop_at(1))
+    assert len([w for w in told if "max_sampler_gap" in str(w.message)]) == 1
+    fit(make_trainer(tmp_path / "cut", **cut))  # continued: nothing more is said
+    fit(make_trainer(tmp_path / "all", max_sampler_gap=1e-3, steps=1))  # all tokens may be drawn: nothing to say
+    reference = ObjectiveConfig("dpo", kl_coef=0.0)
+    fit(make_trainer(tmp_path / "dpo", objective=reference, max_sampler_gap=1e-6, steps=2))  # sampled from another policy by design
 
 
 # --- what stops a run ---------------------------------------------------------------------------------------------

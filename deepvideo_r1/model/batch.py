@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..core import Prompt
 
-# %% ../../nbs/model/04_batch.ipynb #0fd1d052
+# %% ../../nbs/model/04_batch.ipynb #95e773c2
 @dataclass(frozen=True)
 class PolicyBatch:
     "B prompts with G responses each, padded: what a forward pass takes."
@@ -25,63 +25,77 @@ class PolicyBatch:
     next_position: Tensor  # (B,) int64 position of the first response token
     completion_ids: Tensor  # (B, G, T) int64
     completion_mask: Tensor  # (B, G, T) bool
-    patches: Tensor | None = None  # (n_patches, D), of all prompts one after the other
+    patches: Tensor | None = None  # (n_patches, D), all prompts one after the other
     grid_thw: Tensor | None = None  # (n_visuals, 3)
     visual_features: Tensor | None = None  # (n_visual_tokens, hidden); replaces `patches`
 
     def to(self, device: str | torch.device) -> "PolicyBatch":
         "The same batch on another device."
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return PolicyBatch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return PolicyBatch(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in values.items()})
 
 
 def _pad(rows: Sequence[Tensor], *, left: bool) -> Tensor:
     width = max(row.shape[-1] for row in rows)
     return torch.stack([F.pad(row, (width - row.shape[-1], 0) if left else (0, width - row.shape[-1])) for row in rows])
 
-
-def _check_responses(policy: "PolicyModel", which: int, ids: Tensor, mask: Tensor) -> None:
+# %% ../../nbs/model/04_batch.ipynb #5c23fa65
+def _check_responses(policy: "PolicyModel", index: int, ids: Tensor, mask: Tensor) -> None:
     if ids.shape != mask.shape:
-        raise ValueError(f"prompt {which}: completion_ids are {tuple(ids.shape)} and completion_mask is {tuple(mask.shape)}; "
-                         "both must be (G, T)")
+        raise ValueError(f"prompt {index}: completion_ids are {tuple(ids.shape)} and completion_mask is "
+                         f"{tuple(mask.shape)}; both must be (G, T)")
     if empty := (~mask.any(-1)).nonzero().flatten().tolist():
-        raise ValueError(f"prompt {which}: responses {empty} of {len(mask)} are empty; every response has at least one token "
-                         "(its end): leave them out, or sample at least one token")
+        raise ValueError(f"prompt {index}: responses {empty} of {len(mask)} are empty; every response has at least one "
+                         "token (its end): leave them out, or sample at least one token")
     never = torch.cat([policy.banned, policy.banned.new_tensor(policy.pad_ids)]).to(ids.device)
     if wrong := ids[mask & torch.isin(ids, never)].unique().tolist():
-        raise ValueError(f"prompt {which}: a response holds the ids {wrong}, which stand for videos or images or for no token "
-                         "and are never sampled; keep `policy.banned` out of sampling and out of the texts that are scored")
+        raise ValueError(f"prompt {index}: a response holds the ids {wrong}, which stand for videos or images or for "
+                         "no token and are never sampled; keep `policy.banned` out of sampling and out of the texts "
+                         "that are scored")
+
+# %% ../../nbs/model/04_batch.ipynb #bbe46faa
+def _visual_inputs(
+    prompts: Sequence[Prompt], visual_features: Sequence[Tensor | None] | None,
+) -> dict[str, Tensor | None]:
+    "The visual fields of a batch: features where all prompts with visuals have them, otherwise patches."
+    visual = [prompt for prompt in prompts if prompt.patches is not None]
+    pairs = [] if visual_features is None else list(zip(visual_features, prompts))
+    all_known = all(features is not None or prompt.patches is None for features, prompt in pairs)
+    features = [f for f in visual_features or () if f is not None] if all_known else []
+    return dict(patches=torch.cat([p.patches for p in visual]) if visual and not features else None,
+                grid_thw=torch.cat([p.grid_thw for p in visual]) if visual else None,
+                visual_features=torch.cat(features) if features else None)
 
 
 def make_batch(
     policy: "PolicyModel",  # knows the layout of its prompts
-    prompts: Sequence[Prompt],  # B of them
+    prompts: Sequence[Prompt],  # B prompts
     completion_ids: Sequence[Tensor] | None = None,  # B tensors (G, T_b); None for prompts alone
     completion_mask: Sequence[Tensor] | None = None,  # B tensors (G, T_b)
     visual_features: Sequence[Tensor | None] | None = None,  # B tensors of encoder outputs, to be reused
 ) -> PolicyBatch:
-    "The padded batch; raises `ValueError` for a row beyond the model's context and for responses that cannot be scored."
-    placed = [policy.positions(prompt) for prompt in prompts]
-    mask = _pad([torch.ones_like(p.prompt_ids, dtype=torch.bool) for p in prompts], left=True)
-    ids = _pad([p.prompt_ids for p in prompts], left=True)
+    "The padded batch; raises `ValueError` for rows beyond the model's context and responses that cannot be scored."
+    # check the responses, or stand in for them
     if completion_ids is None:
         completion_ids = completion_mask = [torch.zeros(1, 0, dtype=torch.long)] * len(prompts)
-    elif len(sizes := {len(c) for c in completion_ids}) > 1:
-        raise ValueError(f"the groups have {sorted(sizes)} responses; a batch takes groups of one size, score others apart")
+    elif len(sizes := {len(ids) for ids in completion_ids}) > 1:
+        raise ValueError(f"the groups have {sorted(sizes)} responses; a batch takes groups of one size, "
+                         "score others apart")
     else:
-        for b, (c, real) in enumerate(zip(completion_ids, completion_mask, strict=True)):
-            _check_responses(policy, b, c, real.bool())
-    longest = max(p.prompt_ids.numel() + c.shape[-1] for p, c in zip(prompts, completion_ids))
+        for b, (ids, mask) in enumerate(zip(completion_ids, completion_mask, strict=True)):
+            _check_responses(policy, b, ids, mask.bool())
+    longest = max(p.prompt_ids.numel() + ids.shape[-1] for p, ids in zip(prompts, completion_ids))
     if longest > policy.context_length:
         raise ValueError(f"prompt and response have {longest} tokens, the model's context is {policy.context_length}; "
                          "use fewer frames, fewer pixels or shorter responses")
-    known = visual_features is not None and all(f is not None or p.patches is None for f, p in zip(visual_features, prompts))
-    seen = [p for p in prompts if p.patches is not None]
-    features = [f for f in visual_features if f is not None] if known else []
+
+    # pad prompts on the left, responses on the right
+    placed = [policy.positions(prompt) for prompt in prompts]
     return PolicyBatch(
-        ids, mask, torch.stack([_pad([row for row, _ in placed], left=True)[:, axis] for axis in range(3)]),
-        torch.tensor([following for _, following in placed]), _pad(completion_ids, left=False),
-        _pad(completion_mask, left=False).bool(),
-        patches=torch.cat([p.patches for p in seen]) if seen and not features else None,
-        grid_thw=torch.cat([p.grid_thw for p in seen]) if seen else None,
-        visual_features=torch.cat(features) if features else None)
+        prompt_ids=_pad([p.prompt_ids for p in prompts], left=True),
+        prompt_mask=_pad([torch.ones_like(p.prompt_ids, dtype=torch.bool) for p in prompts], left=True),
+        prompt_positions=torch.stack([_pad([places[axis] for places, _ in placed], left=True) for axis in range(3)]),
+        next_position=torch.tensor([following for _, following in placed]),
+        completion_ids=_pad(completion_ids, left=False),
+        completion_mask=_pad(completion_mask, left=False).bool(),
+        **_visual_inputs(prompts, visual_features))

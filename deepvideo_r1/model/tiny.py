@@ -20,20 +20,22 @@ def tiny_texts() -> list[str]:
     "Questions and responses that hold every word of the toy with six seconds of video."
     names = ("red", "blue", "green", "yellow", "top-left", "top-right", "bottom-left", "bottom-right")
     values = ["none", *map(str, range(19)), *(f"{start}-{end}" for start in range(6) for end in range(start + 1, 7))]
-    texts = ["how many points in total ?", *(f"{start} {name} ?" for name in names for start in
-                                             ("how many squares", "during which seconds"))]
+    texts = ["how many points in total ?"]
+    texts += [f"{words} {name} ?" for name in names for words in ("how many squares", "during which seconds")]
     for i, value in enumerate(values * 8):
         trace = "\n".join(f"t{t + 1} {names[(i + t) % 8]} {values[(i + t) % len(values)]}" for t in range(6))
         texts += [f"<think>\n{trace}\n</think>\n<answer> {value} </answer>", f"The answer is {value} ."]
     return texts
 
-# %% ../../nbs/model/03_tiny.ipynb #af7c0e5c
-def _tiny_config(vocab_size: int, ids: dict[str, int], hidden_size: int, n_layers: int, vision_hidden: int) -> Qwen2_5_VLConfig:
-    rope = {"rope_type": "default", "mrope_section": [hidden_size // 24] * 3, "rope_theta": 10000.0}
-    text = dict(vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=2 * hidden_size, num_hidden_layers=n_layers,
-                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, rope_parameters=rope,
-                tie_word_embeddings=True, bos_token_id=None, eos_token_id=ids["<|im_end|>"],
-                pad_token_id=ids["<|endoftext|>"])
+# %% ../../nbs/model/03_tiny.ipynb #0f9e9f64
+def _tiny_config(
+    vocab_size: int, ids: dict[str, int], hidden_size: int, n_layers: int, vision_hidden: int,
+) -> Qwen2_5_VLConfig:
+    rope = dict(rope_type="default", mrope_section=[hidden_size // 24] * 3, rope_theta=10000.0)
+    text = dict(
+        vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=2 * hidden_size, num_hidden_layers=n_layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, rope_parameters=rope,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"])
     vision = dict(depth=1, hidden_size=vision_hidden, intermediate_size=2 * vision_hidden, num_heads=2,
                   out_hidden_size=hidden_size, fullatt_block_indexes=[0], window_size=112, tokens_per_second=2)
     return Qwen2_5_VLConfig(
@@ -41,22 +43,24 @@ def _tiny_config(vocab_size: int, ids: dict[str, int], hidden_size: int, n_layer
         video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"])
 
-
+# %% ../../nbs/model/03_tiny.ipynb #e13d5893
 def make_tiny_checkpoint(
     directory: str | Path,  # where the files go; made when missing
     *,
-    texts: Iterable[str] | None = None,  # what the vocabulary is learnt from; `tiny_texts()` when None
+    texts: Iterable[str] | None = None,  # texts from which the vocabulary is learnt; None: `tiny_texts()`
     hidden_size: int = 96,  # width of the language model, a multiple of 24
     n_layers: int = 3,  # layers of the language model
     vision_hidden: int = 48,  # width of the visual encoder, a multiple of 8
-    max_pixels: int = 28 * 28,  # most pixels of a frame
-    seed: int = 0,  # of the weights
+    max_pixels: int = 28 * 28,  # largest number of pixels of a frame
+    seed: int = 0,  # seed of the weights
 ) -> Path:  # the directory
     "A random tiny Qwen2.5-VL in Hugging Face layout, with tokenizer and preprocessor."
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = write_tiny_processor(directory, tiny_texts() if texts is None else texts, max_pixels=max_pixels)
     config = _tiny_config(len(tokenizer), tokenizer.get_vocab(), hidden_size, n_layers, vision_hidden)
+
+    # random weights, of a size that suits the width
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Qwen2_5_VLForConditionalGeneration(config)
@@ -64,7 +68,9 @@ def make_tiny_checkpoint(
             if isinstance(module, (nn.Linear, nn.Conv3d)):
                 nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
         nn.init.normal_(model.get_input_embeddings().weight, std=0.15)
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]),
-                                               pad_token_id=tokenizer.pad_token_id)
+
+    # generation ends where a checkpoint of Qwen ends it
+    stop_ids = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    model.generation_config = GenerationConfig(eos_token_id=stop_ids, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(directory)
     return directory

@@ -27,14 +27,16 @@ def _made_up_share(rng: np.random.Generator, centre: float, n: int) -> tuple[flo
 
 
 def _made_up_accuracy(rng: np.random.Generator, sampled: Sequence[float], greedy: Sequence[float]) -> dict[str, Any]:
-    found = {}
+    "Sampled and greedy accuracy on each level, near the given shares."
+    accuracy = {}
     for level, low, high in zip(LEVELS, sampled, greedy):
         (s, s_ci), (g, g_ci) = _made_up_share(rng, low, 300), _made_up_share(rng, high, 300)
-        found[level] = {"greedy": g, "sampled": s, "greedy_ci": g_ci, "sampled_ci": s_ci, "n": 300}
-    return found
+        accuracy[level] = {"greedy": g, "sampled": s, "greedy_ci": g_ci, "sampled_ci": s_ci, "n": 300}
+    return accuracy
 
 # %% ../../nbs/toy/05_made_up.ipynb #6e950e62
 def _made_up_rows(rng: np.random.Generator, arm: str, steps: int) -> list[dict[str, float]]:
+    "One row of metrics for each step."
     augmented, regression, rows = arm.endswith("_da"), arm.startswith("reg"), []
     for step in range(steps):
         done = 1 - np.exp(-3 * step / steps)
@@ -50,43 +52,52 @@ def _made_up_rows(rng: np.random.Generator, arm: str, steps: int) -> list[dict[s
 
 def _made_up_arm(rng: np.random.Generator, arm: str, seed: int, rows: list[dict[str, float]],
                  before: dict[str, Any]) -> dict[str, Any]:
+    "The entry of one arm and seed in results.json; `before` is the accuracy of the cold start."
     better = 0.03 * arm.startswith("reg") + 0.01 * arm.endswith("_da")
     after = _made_up_accuracy(rng, (0.6 + better, 0.29 + better, 0.63 + better), (0.8, 0.36, 0.81))
     gain = {level: after[level]["sampled"] - before[level]["sampled"] for level in LEVELS}
     mean = {name: float(np.mean([row[f"vanishing_{name}"] for row in rows])) for name in ("original", "final")}
     edge = max(1, len(rows) // 10)
-    start, end = (float(np.mean([row["reward_mean"] for row in part])) for part in (rows[:edge], rows[-edge:]))
+    start, end = (float(np.mean([row["reward_mean"] for row in tenth])) for tenth in (rows[:edge], rows[-edge:]))
     return {"arm": arm, "seed": seed, "steps": len(rows), "responses": rows[-1]["responses"],
             "seconds": 40.0 + 0.5 * seed, "reward_start": start, "reward_end": end, "vanishing_ratio": mean,
             "kl_end": float(np.mean([row["kl"] for row in rows[-edge:]])), "accuracy": after,
-            "gain": {k: {"sampled": g, "ci": [g - 0.05, g + 0.05]} for k, g in gain.items()}}
+            "gain": {level: {"sampled": g, "ci": [g - 0.05, g + 0.05]} for level, g in gain.items()}}
+
+# %% ../../nbs/toy/05_made_up.ipynb #6a28700b
+def _made_up_knobs(rng: np.random.Generator) -> dict[str, list[dict[str, Any]]]:
+    "Knob -> rows of accuracy at each level and tercile."
+    levels = {"noise": (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6), "hint": (0, 1/6, 2/6, 3/6, 4/6, 5/6)}
+    rows: dict[str, list[dict[str, Any]]] = {knob: [] for knob in levels}
+    for tercile, start in {"all": 0.43, "low": 0.23, "mid": 0.4, "high": 0.66}.items():
+        for knob in levels:
+            for level in levels[knob]:
+                harder = 0.15 + (start - 0.15) * np.exp(-4 * level)
+                centre = harder if knob == "noise" else start + (0.86 - start) * level**1.5
+                share, ci = _made_up_share(rng, float(centre), 400 if tercile == "all" else 133)
+                rows[knob].append({"level": level, "tercile": tercile, "accuracy": share, "ci": ci, "n": 400})
+    return rows
 
 # %% ../../nbs/toy/05_made_up.ipynb #01b1084f
-def _made_up_knobs(rng: np.random.Generator) -> dict[str, list[dict[str, Any]]]:
-    knobs: dict[str, list[dict[str, Any]]] = {"noise": [], "hint": []}
-    for tercile, start in {"all": 0.43, "low": 0.23, "mid": 0.4, "high": 0.66}.items():
-        for kind, levels in {"noise": (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6), "hint": (0, 1/6, 2/6, 3/6, 4/6, 5/6)}.items():
-            for level in levels:
-                harder = 0.15 + (start - 0.15) * np.exp(-4 * level)
-                centre = harder if kind == "noise" else start + (0.86 - start) * level**1.5
-                share, ci = _made_up_share(rng, float(centre), 400 if tercile == "all" else 133)
-                knobs[kind].append({"level": level, "tercile": tercile, "accuracy": share, "ci": ci, "n": 400})
-    return knobs
-
-
 def _made_up_examples(rng: np.random.Generator, directory: Path, arms: Sequence[str]) -> list[dict[str, Any]]:
+    "Two examples, with their videos; every arm is right, except for the first arm on the second example."
     examples = []
     for i, level in enumerate(("L1", "L2")):
+        # A question and its video.
         story, _, place = draw_story(rng, contrast=((0.8, 1.0), (0.3, 0.4))[i])
         row = make_row(f"example{i}", story, "points" if i == 0 else "place", place, level)
         path = directory / row["video"]
         path.parent.mkdir(parents=True, exist_ok=True)
         write_video(path, render(story, ENVIRONMENTS[level], rng))
+
+        # The wrong response misreads the first second in a way that changes the answer.
         seen, values = (story.places, PLACES) if i else (story.colours, tuple(COLOURS))
-        slip = next(v for v in values if v != seen[0])  # a misread first second
-        slip = place if i and seen[0] != place else slip
+        misread = next(value for value in values if value != seen[0])
+        if i and seen[0] != place:
+            misread = place
         right = as_response(row["meta"]["trace"], row["answer"])
-        wrong = as_response(*reasoning(row["meta"]["task"], place, (slip, *seen[1:])))
+        wrong = as_response(*reasoning(row["meta"]["task"], place, (misread, *seen[1:])))
+
         examples.append({"video": row["video"], "question": row["question"], "answer": row["answer"],
                          "cold_start": wrong, "level": level, "contrast": story.contrast,
                          "arms": {arm: right if j or i == 0 else wrong for j, arm in enumerate(arms)}})
@@ -97,12 +108,14 @@ def write_made_up_run(
     directory: str | Path,  # where to write; made when missing
     *,
     arms: Sequence[str] = tuple(ARM_NAMES),  # names of the arms
-    seeds: Sequence[int] = (0, 1, 2),  # of each arm
+    seeds: Sequence[int] = (0, 1, 2),  # seeds of each arm
     steps: int = 60,  # rows of metrics
     extras: bool = True,  # write knobs.json and examples.json as well
-) -> Path:
+) -> Path:  # the directory
     "Writes a run directory of seeded random numbers, to try figures and reports on; no policy was trained for it."
     directory, rng = Path(directory), np.random.default_rng(0)
+
+    # The metrics and the result of each arm.
     before, entries = _made_up_accuracy(rng, (0.2, 0.12, 0.2), (0.75, 0.33, 0.74)), []
     for arm in arms:
         for seed in seeds:
@@ -111,6 +124,8 @@ def write_made_up_run(
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
             entries.append(_made_up_arm(rng, arm, seed, rows, before))
+
+    # The files of the study.
     config = {"made_up": True, "arms": list(arms), "seeds": list(seeds), "train": {"steps": steps}}
     cold_start = {"seconds": 95.0, "reused": False, "accuracy": before, "grounding": {"greedy": 0.55, "sampled": 0.31}}
     files: dict[str, Any] = {"config": config, "results": {"config": config, "cold_start": cold_start, "arms": entries}}

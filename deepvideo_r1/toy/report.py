@@ -26,9 +26,9 @@ from .verdicts import judge
 
 # %% ../../nbs/toy/09_report.ipynb #440a6fa9
 def join_words(
-    words: list[str],  # at least one
+    words: list[str],  # words to join, at least one
 ) -> str:
-    "The words as an enumeration."
+    "The words as a list in a sentence."
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
 
 
@@ -38,21 +38,22 @@ def _span(values: list[float], unit: str) -> str:
 
 
 def duration(
-    seconds: float,  # at least 0
+    seconds: float,  # time, at least 0
 ) -> str:
-    "Seconds, minutes or hours, as one would say it."
+    "The time in seconds, minutes or hours, whichever reads best."
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def describe_run(
-    results: dict[str, Any],  # from `read_results`
+    results: dict[str, Any],  # results of a run, from `read_results`
 ) -> str:
-    "What was trained, how often and how long."
-    runs, names = results["arms"], [ARM_NAMES.get(arm, arm) for arm in dict.fromkeys(a["arm"] for a in results["arms"])]
-    n = len({run["seed"] for run in runs})
-    seeds = "1 seed" if n == 1 else f"{n} seeds"
+    "A sentence that says what was trained, how often and how long."
+    runs = results["arms"]
+    names = [ARM_NAMES.get(arm, arm) for arm in dict.fromkeys(run["arm"] for run in runs)]
+    n_seeds = len({run["seed"] for run in runs})
+    seeds = "1 seed" if n_seeds == 1 else f"{n_seeds} seeds"
     return (f"A tiny Qwen2.5-VL that answers questions about short synthetic videos is trained from one cold start "
             f"with {join_words(names)}, {seeds} each, for {_span([r['steps'] for r in runs], 'steps')} and "
             f"{_span([r['responses'] for r in runs], 'sampled responses')}: {len(runs)} "
@@ -60,19 +61,18 @@ def describe_run(
 
 # %% ../../nbs/toy/09_report.ipynb #87e72f1e
 def describe_cold_start(
-    results: dict[str, Any],  # from `read_results`
+    results: dict[str, Any],  # results of a run, from `read_results`
 ) -> str:
-    "What the cold start cost, whether it was made here, and what it can do."
+    "Sentences that say what the cold start cost, whether this run made it, and how accurate it is."
     cold = results["cold_start"]
-    cost = duration(cold["seconds"])
-    made = "was reused from an earlier run, where it took" if cold["reused"] else "was made for this run in"
-    first = cold["accuracy"]["L1"]
-    sampled, greedy = (f"{100 * first[mode]:.1f}%" for mode in ("sampled", "greedy"))
-    text = (f"The cold start, the policy that all runs begin with, {made} {cost}. It answers {sampled} of the L1 "
-            f"questions when it samples and {greedy} when it takes the likeliest words.")
-    if grounding := {k: v for k, v in cold.get("grounding", {}).items() if k in ("sampled", "greedy")}:
-        parts = [f"{value:.2f} {name}" for name, value in grounding.items()]
-        text += f" In temporal grounding its intervals overlap the true ones by a mean IoU of {join_words(parts)}."
+    origin = "was reused from an earlier run, where it took" if cold["reused"] else "was made for this run in"
+    sampled, greedy = (f"{100 * cold['accuracy']['L1'][mode]:.1f}%" for mode in ("sampled", "greedy"))
+    text = (f"The cold start, the policy that all runs begin with, {origin} {duration(cold['seconds'])}. It answers "
+            f"{sampled} of the L1 questions when it samples and {greedy} when it takes the likeliest words.")
+
+    ious = [f"{iou:.2f} {mode}" for mode, iou in cold.get("grounding", {}).items() if mode in ("sampled", "greedy")]
+    if ious:
+        text += f" In temporal grounding its intervals overlap the true ones by a mean IoU of {join_words(ious)}."
     return text
 
 # %% ../../nbs/toy/09_report.ipynb #377fb13f
@@ -83,19 +83,24 @@ def _accuracy_cell(accuracy: dict[str, Any]) -> dict[str, str]:
 
 
 def accuracy_rows(
-    results: dict[str, Any],  # from `read_results`
-) -> list[dict[str, Any]]:  # arm, name, is_seed, cells: one for each level
+    results: dict[str, Any],  # results of a run, from `read_results`
+) -> list[dict[str, Any]]:  # rows: arm, name, is_seed, and one cell for each level
     "Sampled and greedy accuracy in percent, cold start first."
-    rows = [{"arm": None, "name": "cold start", "is_seed": False,
-             "cells": [_accuracy_cell(results["cold_start"]["accuracy"][level]) for level in LEVELS]}]
+    cold_cells = [_accuracy_cell(results["cold_start"]["accuracy"][level]) for level in LEVELS]
+    rows = [{"arm": None, "name": "cold start", "is_seed": False, "cells": cold_cells}]
     for arm in dict.fromkeys(run["arm"] for run in results["arms"]):
         runs, name = [run for run in results["arms"] if run["arm"] == arm], ARM_NAMES.get(arm, arm)
-        if len(runs) > 1:
+        several = len(runs) > 1
+
+        # The mean over seeds, without an interval.
+        if several:
             mean = lambda level, mode: f"{100 * np.mean([run['accuracy'][level][mode] for run in runs]):.1f}"
             cells = [{"sampled": mean(k, "sampled"), "greedy": mean(k, "greedy"), "interval": ""} for k in LEVELS]
             rows.append({"arm": arm, "name": f"{name}, mean", "is_seed": False, "cells": cells})
+
+        # Each seed with its interval over questions; a single seed carries the arm's name.
         for run in runs:
-            rows.append({"arm": arm, "name": f"seed {run['seed']}" if len(runs) > 1 else name, "is_seed": len(runs) > 1,
+            rows.append({"arm": arm, "name": f"seed {run['seed']}" if several else name, "is_seed": several,
                          "cells": [_accuracy_cell(run["accuracy"][level]) for level in LEVELS]})
     return rows
 
@@ -104,9 +109,9 @@ TRAINING_HEADER = ("run", "reward", "vanishing", "KL", "responses", "time")
 
 
 def training_rows(
-    results: dict[str, Any],  # from `read_results`
+    results: dict[str, Any],  # results of a run, from `read_results`
 ) -> list[tuple[str, ...]]:
-    "What happened while each run trained, one row for each run, under `TRAINING_HEADER`."
+    "What happened in training, one row for each run, with the columns of `TRAINING_HEADER`."
     rows, several = [], len({run["seed"] for run in results["arms"]}) > 1
     for run in results["arms"]:
         name = ARM_NAMES.get(run["arm"], run["arm"]) + (f", seed {run['seed']}" if several else "")
@@ -118,93 +123,98 @@ def training_rows(
 
 
 def bars(
-    results: dict[str, Any],  # from `read_results`
-    level: str = "L1",  # of the questions
+    results: dict[str, Any],  # results of a run, from `read_results`
+    level: str = "L1",  # level of the questions
 ) -> list[dict[str, Any]]:
     "Sampled accuracy before and after as places on a track from 0 to 100, one bar for each arm."
-    before, found = 100 * results["cold_start"]["accuracy"][level]["sampled"], []
+    before, places = 100 * results["cold_start"]["accuracy"][level]["sampled"], []
     for arm in dict.fromkeys(run["arm"] for run in results["arms"]):
         seeds = [100 * run["accuracy"][level]["sampled"] for run in results["arms"] if run["arm"] == arm]
         after = float(np.mean(seeds))
-        found.append({"arm": arm, "name": ARM_NAMES.get(arm, arm), "before": before, "after": after,
-                      "left": min(before, after), "width": abs(after - before), "seeds": seeds})
-    return found
+        places.append({"arm": arm, "name": ARM_NAMES.get(arm, arm), "before": before, "after": after,
+                       "left": min(before, after), "width": abs(after - before), "seeds": seeds})
+    return places
 
 # %% ../../nbs/toy/09_report.ipynb #68396225
 PAPER_TABLE_4 = (("base", 31.3, 32.7, 27.0), ("GRPO", 39.6, 41.0, 35.4), ("GRPO + DA", 41.7, 42.5, 36.6),
                  ("Reg-GRPO", 44.2, 44.2, 39.5), ("Reg-GRPO + DA", 48.1, 51.1, 44.0))
-PAPER_NOTE = ("Another world: Qwen2.5-VL-3B on SEED-Bench-R1, real videos, one run for each row, no intervals. Its "
-              "levels are not our levels; only the order of the rows can be compared. On L3 the paper gives 36.3 "
-              "instead of 39.5 for Reg-GRPO in Tables 7 and 8, and 28.2 instead of 27.0 for the base in Table 1. "
-              "(Park et al., DeepVideo-R1, NeurIPS 2025.)")
+PAPER_NOTE = ("Another model and other data: Qwen2.5-VL-3B on SEED-Bench-R1, real videos, one run for each row, no "
+              "intervals. Its levels are not our levels; only the order of the rows can be compared. On L3 the paper "
+              "gives 36.3 instead of 39.5 for Reg-GRPO in Tables 7 and 8, and 28.2 instead of 27.0 for the base in "
+              "Table 1. (Park et al., DeepVideo-R1, NeurIPS 2025.)")
 
 # %% ../../nbs/toy/09_report.ipynb #b6030e46
 CAPTIONS = {
     "accuracy": ("Accuracy before and after",
-                 "A dot is one seed with its 95% interval over questions, a short bar the mean over seeds. The "
+                 "A dot is one seed with its 95% interval over questions. A short bar is the mean over seeds. The "
                  "dashed line is the cold start and the band its interval: what lies above the band has improved."),
     "learning": ("How it learns",
-                 "Accuracy of the responses sampled in training, before any augmentation. Dots: mean over seeds at"
-                 " each step; line: moving average; band: from the lowest to the highest seed. An augmented arm "
-                 "samples some groups twice, so the right panel compares at equal responses."),
+                 "Accuracy of the original groups, sampled in training before any augmentation. Dots: mean over "
+                 "seeds at each step; line: moving average; band: from the lowest to the highest seed. An augmented "
+                 "arm also samples second groups, so the right panel compares at equal responses."),
     "vanishing": ("Groups that teach nothing",
-                  "Share of groups whose rewards are all equal. Left as first sampled, right as trained on: from "
-                  "left to right is what the second draw on a changed input did. Compare Figure 3 of the paper."),
+                  "Share of groups whose rewards are all equal. Left: original groups. Right: final groups. The "
+                  "difference is what the second draw on a changed input did. Compare Figure 3 of the paper."),
     "kl": ("How far the policy moved",
-           "Left: the KL to the reference grows as the policy leaves the cold start. Right: who is higher at"
-           " the same KL learned more for the same distance."),
+           "Left: the KL to the reference grows as the policy leaves the cold start. Right: an arm that is higher "
+           "at the same KL learned more for the same distance."),
     "knobs": ("The two knobs of the augmentation",
-              "The cold start on noisier frames (pixels run from 0 to 1), and with more of the reasoning given; "
-              "upright lines are 95% intervals. Noise must make questions harder and hints easier, in every "
+              "The cold start on noisier frames (pixels run from 0 to 1), and with more of the reasoning given. "
+              "Upright lines are 95% intervals. Noise must make questions harder and hints easier, in every "
               "third of the videos, or the augmentation cannot work."),
 }
 
 
 def data_uri(
-    png: bytes,  # a PNG
+    png: bytes,  # content of a PNG file
 ) -> str:
-    "The picture as text, for the `src` of an image."
+    "The picture as text for the `src` of an image."
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def report_figures(
     run_dir: str | Path,  # run directory
-) -> list[dict[str, str]]:  # name, title, caption, light, dark
+) -> list[dict[str, str]]:  # figures: name, title, caption, light, dark
     "Every figure whose file is there, on both papers, in the order of the captions."
-    found = []
+    figures = []
     for name, (title, caption) in CAPTIONS.items():
         plot, needed = FIGURES[name]
         if any(Path(run_dir).glob(needed)):
             light, dark = (data_uri(figure_png(plot(run_dir, theme=theme))) for theme in (LIGHT, DARK))
-            found.append({"name": name, "title": title, "caption": caption, "light": light, "dark": dark})
-    return found
+            figures.append({"name": name, "title": title, "caption": caption, "light": light, "dark": dark})
+    return figures
 
 # %% ../../nbs/toy/09_report.ipynb #0c000050
 def report_examples(
     run_dir: str | Path,  # run directory
 ) -> list[dict[str, Any]]:
     "The examples with a picture of the frames, or the reason for its absence, and a mark for every response."
-    found = []
+    examples = []
     for example in read_json(run_dir, "examples.json") or []:
-        strip = example_strip(run_dir, example)
-        picture, said = "", [(None, "cold start", example["cold_start"])]
-        if not isinstance(strip, str):
+        # The frames as one picture, or the reason why there is none.
+        strip, picture, reason = example_strip(run_dir, example), "", ""
+        if isinstance(strip, str):
+            reason = strip
+        else:
             file = io.BytesIO()
             Image.fromarray(strip).save(file, format="png", optimize=True)
             picture = data_uri(file.getvalue())
-        said += [(arm, ARM_NAMES.get(arm, arm), example["arms"][arm]) for arm in sorted(example["arms"], key=arm_order)]
+
+        # One response of the cold start, then one of each arm.
+        texts = [(None, "cold start", example["cold_start"])]
+        arms = sorted(example["arms"], key=arm_order)
+        texts += [(arm, ARM_NAMES.get(arm, arm), example["arms"][arm]) for arm in arms]
         responses = [{"arm": arm, "name": name, "text": text, "is_right": is_right(text, example["answer"])}
-                     for arm, name, text in said]
-        reason = strip if isinstance(strip, str) else ""
-        found.append({**example, "picture": picture, "reason": reason, "responses": responses})
-    return found
+                     for arm, name, text in texts]
+        examples.append({**example, "picture": picture, "reason": reason, "responses": responses})
+    return examples
 
 
 def flatten_config(
-    config: Any,  # nested dicts
-    prefix: str = "",  # put before the names
+    config: Any,  # settings as nested dicts
+    prefix: str = "",  # text before each name
 ) -> Iterator[tuple[str, str]]:
-    "Dotted names with their values."
+    "Pairs of dotted name and value."
     if isinstance(config, dict):
         for name, value in config.items():
             yield from flatten_config(value, f"{prefix}.{name}" if prefix else str(name))
@@ -214,20 +224,23 @@ def flatten_config(
 # %% ../../nbs/toy/09_report.ipynb #d2a08d5b
 def write_report(
     run_dir: str | Path,  # run directory with results.json
-) -> Path:  # report.html in it
-    "Writes the figures and the one-file report; sections whose files are missing are left out."
+) -> Path:  # path of the report, report.html in the run directory
+    "Writes the figures and the one-file report; leaves out sections whose files are missing."
     run_dir = Path(run_dir)
     results, config = read_results(run_dir), read_json(run_dir, "config.json")
     config = config if config is not None else results.get("config", {})
     save_figures(run_dir)
+
+    # What was run.
     arms = list(dict.fromkeys(run["arm"] for run in results["arms"]))
-    content = {"name": run_dir.resolve().name, "made_up": bool(config.get("made_up")), "arms": arms, "levels": LEVELS}
+    content = {"name": run_dir.resolve().name, "made_up": bool(config.get("made_up")), "arms": arms, "levels": LEVELS,
+               "several": len(results["arms"]) > len(arms), "config": list(flatten_config(config))}
+
+    # Sentences, tables, pictures.
     content |= {"lead": describe_run(results), "cold_start": describe_cold_start(results), "verdicts": judge(results)}
-    content |= {"several": len(results["arms"]) > len(arms), "bars": bars(results),
-                "accuracy_rows": accuracy_rows(results), "training_header": TRAINING_HEADER,
-                "training_rows": training_rows(results)}
-    content |= {"paper": PAPER_TABLE_4, "paper_note": PAPER_NOTE, "config": list(flatten_config(config))}
+    content |= {"bars": bars(results), "accuracy_rows": accuracy_rows(results), "paper": PAPER_TABLE_4,
+                "paper_note": PAPER_NOTE, "training_header": TRAINING_HEADER, "training_rows": training_rows(results)}
     content |= {"figures": report_figures(run_dir), "examples": report_examples(run_dir)}
-    html = render_page(content)
-    write_whole(run_dir / "report.html", html)
+
+    write_whole(run_dir / "report.html", render_page(content))
     return run_dir / "report.html"

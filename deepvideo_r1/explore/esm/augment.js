@@ -118,7 +118,7 @@ function turn(who, ...words) {
 function drawTurns(model) {
   const { slot, prefix } = placeHint(model.get("hint"), model.get("hint_as"));
   const part = (name, text) => (text ? [make("span", { class: name }, text)] : []);
-  const rest = prefix ? " \u2026 goes on from here" : "\u2026 starts here";
+  const rest = prefix ? " \u2026 continues here" : "\u2026 starts here";
   return [
     turn("user", ...part("hint", slot), ...part("aside", "[the frames above]\n"), model.get("question")),
     turn("assistant", ...part("hint", prefix), ...part("aside", rest)),
