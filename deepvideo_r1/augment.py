@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .advantage import is_vanishing
 from .config import AugmentConfig
-from .core import Clip, Prompt, Rollout, make_generator
+from .core import Clip, Prompt, QuestionError, Rollout, make_generator
 from .difficulty import change_strength
 from .hints import make_hint
 from .reward import parse_response
@@ -86,18 +86,33 @@ def best_trace(
     return think.strip() if think and think.strip() else None
 
 # %% ../nbs/11_augment.ipynb #65086df6
-def _traces(rollouts: Sequence[Rollout], visuals: Sequence[list[tuple[str, Clip]]], ask: Callable[..., Prompt],
+def _ask_if_possible(ask: Callable[..., Prompt]) -> Callable[..., Prompt | None]:
+    "`ask`, or None for a prompt that cannot be asked, as one that a hint has made too long."
+    def asked(*arguments, **options) -> Prompt | None:
+        try:
+            return ask(*arguments, **options)
+        except QuestionError:
+            return None
+
+    return asked
+
+
+def _traces(rollouts: Sequence[Rollout], visuals: Sequence[list[tuple[str, Clip]]], ask: Callable[..., Prompt | None],
             roll_out: Callable[..., list[Rollout]], config: AugmentConfig) -> list[str | None]:
     "A reasoning trace to cut a hint from, for each rollout, or None."
     if config.hint_source == "stored":
         traces = [rollout.sample.meta.get("trace") or "" for rollout in rollouts]
         return [parse_response(trace).think or trace.strip() or None for trace in traces]  # with tags or without
-    if not rollouts:
-        return []
-    prompts = [ask(rollout.sample, clips, show_answer=True) for rollout, clips in zip(rollouts, visuals)]
-    features = [rollout.visual_features for rollout in rollouts]
-    answers = roll_out([rollout.sample for rollout in rollouts], prompts, "trace", features)
-    return [best_trace(answer, full_reward=config.full_reward) for answer in answers]
+
+    # Ask again with the answer shown, where that fits the model's context.
+    shown = [ask(rollout.sample, clips, show_answer=True) for rollout, clips in zip(rollouts, visuals)]
+    asked = [i for i, prompt in enumerate(shown) if prompt is not None]
+    if not asked:
+        return [None] * len(rollouts)
+    features = [rollouts[i].visual_features for i in asked]
+    answers = roll_out([rollouts[i].sample for i in asked], [shown[i] for i in asked], "trace", features)
+    best = {i: best_trace(answer, full_reward=config.full_reward) for i, answer in zip(asked, answers)}
+    return [best.get(i) for i in range(len(rollouts))]
 
 
 def _changed_visuals(visuals: list[tuple[str, Clip]], plan: dict[str, Any],
@@ -112,8 +127,9 @@ def _changed_visuals(visuals: list[tuple[str, Clip]], plan: dict[str, Any],
 
 
 def _changed_prompt(rollout: Rollout, visuals: list[tuple[str, Clip]], plan: dict[str, Any], trace: str | None,
-                    ask: Callable[..., Prompt], config: AugmentConfig, generator: torch.Generator) -> Prompt | None:
-    "The prompt after the planned change, or None when there is nothing to change."
+                    ask: Callable[..., Prompt | None], config: AugmentConfig,
+                    generator: torch.Generator) -> Prompt | None:
+    "The prompt after the planned change, or None when there is nothing to change or it cannot be asked."
     if plan["change"] == "redraw":
         return rollout.prompt
     if plan["change"] in ("noise", "mask"):
@@ -127,9 +143,9 @@ def _changed_prompt(rollout: Rollout, visuals: list[tuple[str, Clip]], plan: dic
 
 # %% ../nbs/11_augment.ipynb #6dcd4246
 def augment_groups(
-    original: Sequence[Rollout],  # scored first groups, with their difficulty
+    original: Sequence[Rollout],  # scored original groups, with their difficulty
     visuals: Sequence[list[tuple[str, Clip]]],  # modalities and decoded clips of each group
-    ask: Callable[..., Prompt],  # (sample, visuals, **hint options) -> prompt
+    ask: Callable[..., Prompt],  # (sample, visuals, **hint options) -> prompt; `QuestionError` leaves the group
     roll_out: Callable[..., list[Rollout]],  # (samples, prompts, purpose, visual_features) -> scored groups
     config: AugmentConfig,  # what to change, and by how much
     *,
@@ -137,7 +153,7 @@ def augment_groups(
     step: int = 0,  # training step, over which hints may fade
 ) -> list[Rollout]:  # a second group for each original one, or that one itself; after them the original groups to keep
     "Second groups on augmented inputs, by the difficulty of the first; unchanged where there is nothing to change."
-    groups = list(original)
+    groups, ask = list(original), _ask_if_possible(ask)
     may_change = [config.second_group == "always" or bool(is_vanishing(group.rewards[None])) for group in groups]
     plans = [plan_augmentation(group.difficulty, config, step=step) if may else {}
              for group, may in zip(groups, may_change)]

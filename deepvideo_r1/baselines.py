@@ -181,7 +181,7 @@ NEEDS_REFERENCE = frozenset({"dpo", "online_dpo"})  # ref_logps must be given ev
 # %% ../nbs/08_baselines.ipynb #714be09b
 def objective_knobs(
     config: ObjectiveConfig,  # the objective of the run, and its knobs
-    max_tokens: int,  # longest response that may be sampled, the divisor of `length_norm="constant"`
+    max_tokens: float,  # longest response that may be sampled, the divisor of `length_norm="constant"`
 ) -> dict[str, float | str | None]:
     "The keyword arguments that the objective of this config takes."
     arguments = inspect.signature(OBJECTIVES[config.name]).parameters

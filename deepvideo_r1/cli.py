@@ -8,6 +8,7 @@ __all__ = ['COMMANDS', 'toy_table', 'toy', 'world', 'train', 'evaluate', 'ask', 
 # %% ../nbs/14_cli.ipynb #774a549d
 import contextlib
 import functools
+import importlib
 import io
 import json
 import re
@@ -21,11 +22,12 @@ import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 from .config import PRESETS, AskConfig, CheckConfig, EvaluateConfig, RunConfig
 from .support.files import disk_error_advice, write_whole
-from .support.interrupts import Stopped, TrainingError
-from .support.progress import Bars, quiet
+from .support.interrupts import Stopped, TrainingError, exit_code, leaving_at_once, sigterm_interrupts
+from .support.progress import Bars, one_line_warnings, quiet
 from .support.run_directory import open_run
 from .toy.config import ToyConfig, WorldConfig
 
@@ -83,6 +85,15 @@ def world(out: str = "runs/world", config: Annotated[WorldConfig, tyro.conf.arg(
     counts = {file.stem: len(file.read_text().splitlines()) for file in sorted(directory.glob("*.jsonl"))}
     print(f"{directory}: {', '.join(f'{n} {name}' for name, n in counts.items())} questions")
 
+# %% ../nbs/14_cli.ipynb #e427fca5
+def _tell_left_out(causes: Sequence[object], what: str, place: str = "", *, n_shown: int = 5) -> None:
+    "Writes to stderr how many rows or questions were left out, and why for the first of them."
+    if causes:
+        more = [f"and {len(causes) - n_shown} more"] if len(causes) > n_shown else []
+        plural = "s" if len(causes) > 1 else ""
+        lines = [f"{len(causes)} {what}{plural}{place} left out:", *map(str, causes[:n_shown]), *more]
+        print("\n  ".join(lines), file=sys.stderr)
+
 # %% ../nbs/14_cli.ipynb #89f97867
 def train(config: Annotated[RunConfig, tyro.conf.arg(name="")]) -> None:
     """Fine-tune a Qwen2-VL or Qwen2.5-VL checkpoint on a file of questions.
@@ -90,15 +101,16 @@ def train(config: Annotated[RunConfig, tyro.conf.arg(name="")]) -> None:
     After an interrupt, the same command continues. --preset NAME starts from the values of a
     preset: tiny_cpu, small_1gpu, paper_3b or paper_7b.
     """
-    from deepvideo_r1.experiment import make_accelerator, run_training
+    from deepvideo_r1.experiment import run_training
+    from deepvideo_r1.training.launch import make_accelerator
 
     accelerator = make_accelerator()
+    tell_bad_rows = lambda trainer: _tell_left_out(trainer.samples.problems, "bad row", f" of {config.data}")
     with Bars(Console(stderr=True, quiet=not accelerator.is_main_process)) as bars:
         on_step = lambda row: bars("training", int(row["step"]) + 1, config.train.steps)
-        trainer = run_training(config, accelerator=accelerator, on_step=on_step)
+        trainer = run_training(config, accelerator=accelerator, on_start=tell_bad_rows, on_step=on_step)
     if accelerator.is_main_process:
-        for cause in trainer.state.seen.bad.values():
-            print(f"skipped: {cause}", file=sys.stderr)
+        _tell_left_out(trainer.state.seen.causes(), "question")
         print(f"model: {Path(config.out) / 'model'}")
         print(f"metrics: {Path(config.out) / 'metrics.jsonl'}")
 
@@ -115,14 +127,6 @@ def _with_preset(arguments: Sequence[str]) -> tuple[list[str], RunConfig | None]
     return arguments[:position] + arguments[position + 2 :], PRESETS[name]()
 
 # %% ../nbs/14_cli.ipynb #ac22040c
-def _tell_skipped(skipped: Sequence[Exception], data: str, *, n_shown: int = 5) -> None:
-    "Writes to stderr how many rows were left out, and the first of them."
-    if skipped:
-        more = [f"and {len(skipped) - n_shown} more"] if len(skipped) > n_shown else []
-        lines = [f"{len(skipped)} bad rows of {data} left out:", *map(str, skipped[:n_shown]), *more]
-        print("\n  ".join(lines), file=sys.stderr)
-
-
 def _summary_table(summary: dict[str, dict[str, Any]]) -> Table:
     "The result of `summarise`, one row for each subset of the questions."
     measured = ("accuracy", "mean_iou", "recall_at_0.5", "format")
@@ -131,7 +135,7 @@ def _summary_table(summary: dict[str, dict[str, Any]]) -> Table:
                   title_justify="left")
     for subset, row in summary.items():
         figures = [f"{row[n][0]:.3f} [{row[n][1]:.2f}, {row[n][2]:.2f}]" if n in row else "" for n in names]
-        table.add_row(subset, str(row["n"]), str(row["unreadable"]), str(row["unparsed"]), *figures)
+        table.add_row(Text(subset), str(row["n"]), str(row["unreadable"]), str(row["unparsed"]), *figures)
     return table
 
 
@@ -143,7 +147,7 @@ def _benchmark_table(name: str, metrics: Sequence[Any], n_questions: int) -> Tab
     width = len(HEADER) if any(row[-1] for row in rows) else len(HEADER) - 1
     table = Table(*HEADER[:width], title=f"{name}, {n_questions} questions", title_justify="left")
     for row in rows:
-        table.add_row(*row[:width])
+        table.add_row(*map(Text, row[:width]))
     return table
 
 # %% ../nbs/14_cli.ipynb #85a466ac
@@ -156,26 +160,24 @@ def evaluate(config: Annotated[EvaluateConfig, tyro.conf.arg(name="")]) -> None:
     from deepvideo_r1.evaluation import suites
     from deepvideo_r1.evaluation.evaluate import evaluate as evaluate_samples
     from deepvideo_r1.evaluation.evaluate import summarise
-    from deepvideo_r1.experiment import make_accelerator
     from deepvideo_r1.model.policy import load_policy
     from deepvideo_r1.model.prompt import load_processor
+    from deepvideo_r1.training.launch import make_accelerator
 
     # Read the questions first: a mistake in them should not cost the loading of a model.
     options = {"split": config.split, "root": config.root, "strict": config.strict}
-    with warnings.catch_warnings(action="ignore"):  # `_tell_skipped` names the rows that are left out
+    with warnings.catch_warnings(action="ignore"):  # `_tell_left_out` names the rows that are left out
         if config.benchmark:
             samples = suites.load_benchmark(config.benchmark, config.data, **options)
         else:
             samples = load_samples(config.data, **options)
-    timeout = config.timeout or None  # 0 is no limit
-    if config.timeout is None and config.benchmark and suites.BENCHMARKS[config.benchmark].guarded:
-        timeout = 60.0
+    timeout = 60.0 if config.timeout is None else config.timeout or float("inf")  # 0: no limit
     processor, policy = load_processor(config.model), load_policy(config.model, dtype=config.dtype)
 
     accelerator, out = make_accelerator(), Path(config.out)
     is_main = accelerator.is_main_process
     if is_main:
-        _tell_skipped(samples.problems, config.data)
+        _tell_left_out(samples.problems, "bad row", f" of {config.data}")
         if accelerator.num_processes > 1:
             print(f"{accelerator.num_processes} processes share {len(samples)} questions", file=sys.stderr)
         changeable = ("out", "batch_prompts", "strict", "timeout", "prompt.cache_dir", "prompt.cache_gb")
@@ -223,10 +225,27 @@ def ask(config: Annotated[AskConfig, tyro.conf.arg(name="")]) -> None:
     print(rollout.texts[0])
 
 
+def _ask_all(config: CheckConfig, bars: Bars) -> dict[str, Any]:
+    "How many questions a checkpoint was asked, every k-th, and why others could not be."
+    from deepvideo_r1.data.datasets import load_samples
+    from deepvideo_r1.model.asking import unaskable_questions
+    from deepvideo_r1.model.policy import load_policy
+    from deepvideo_r1.model.processor import load_processor
+
+    processor, policy = load_processor(config.model), load_policy(config.model)
+    with warnings.catch_warnings(action="ignore"):  # the report names bad rows
+        samples = load_samples(config.path, format=config.format, split=config.split, root=config.root)
+    causes = unaskable_questions(policy, processor, samples[:: config.every], prompt=config.prompt,
+                                 max_tokens=config.max_tokens,
+                                 on_progress=lambda done, total: bars("questions", done, total))
+    return {"asked": len(samples[:: config.every]), "unaskable": causes}
+
+
 def check_data(config: Annotated[CheckConfig, tyro.conf.arg(name="")]) -> None:
     """Read every row of a data set and open every k-th video; print a summary and draw it.
 
-    After an interrupt, it reports the files opened until then.
+    With --model it also names the questions that this checkpoint cannot be asked. After an
+    interrupt, it reports the files opened until then.
     """
     from deepvideo_r1.data.check import check_dataset, save_check, summary_lines
 
@@ -234,7 +253,12 @@ def check_data(config: Annotated[CheckConfig, tyro.conf.arg(name="")]) -> None:
         report = check_dataset(config.path, format=config.format, split=config.split, root=config.root,
                                every=config.every, timeout=config.timeout,
                                on_progress=lambda done, total: bars("files", done, total))
+        if config.model and report["complete"]:
+            report |= _ask_all(config, bars)
     print("\n".join(summary_lines(report)))
+    if config.model and report["complete"]:
+        print(f"questions: {report['asked']} tried with {config.model}, {len(report['unaskable'])} cannot be asked")
+        _tell_left_out(list(report["unaskable"].values()), "question")
     print(f"figure: {save_check(report, config.out)}")
     if not report["complete"]:
         raise Stopped("stopped; what was seen until then is reported")
@@ -295,15 +319,21 @@ def parse(
 # %% ../nbs/14_cli.ipynb #e9521558
 def main(
     arguments: Sequence[str] | None = None,  # words after the program's name; None: those of this process
-) -> int:  # exit code: 0, 2 for something that the user can mend, 130 after an interrupt
+) -> int:  # exit code: 0, 2 for what the user can mend, 130 after SIGINT, 143 after SIGTERM
     "Runs the command `deepvideo-r1`."
     try:
-        command = parse(sys.argv[1:] if arguments is None else arguments)
-        quiet()
-        command()
+        # An interrupt of an import would end as a traceback.
+        with leaving_at_once():
+            command = parse(sys.argv[1:] if arguments is None else arguments)
+            quiet()
+            importlib.import_module("deepvideo_r1.experiment")
+        with one_line_warnings("deepvideo-r1"), sigterm_interrupts():
+            command()
+
+    # Whatever ends a command, the user reads one line.
     except KeyboardInterrupt as stop:
         print(f"\ndeepvideo-r1: {str(stop) or 'stopped; the same command continues'}", file=sys.stderr)
-        return 130
+        return exit_code(stop)
     except BrokenPipeError:  # the reader of the output stopped reading, as in `--help | head`
         sys.stderr.close()
         return 0

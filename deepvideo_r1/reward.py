@@ -21,7 +21,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .answers import normalise_text, parse_number, parse_span, parse_spans, read_choice
+from deepvideo_r1.answers import (
+    bare_text, normalise_text, parse_number, parse_span, parse_spans, read_choice, spellings,
+)
 from .config import RewardConfig
 from .core import Prompt, Rollout, Sample
 from .judges import mean_relative_accuracy, relative_accuracy, sentence_similarity, word_accuracy
@@ -83,7 +85,7 @@ NEARNESS_BY_JUDGE: dict[str, Callable[[str, str], float]] = {  # judge -> how ne
 
 def _same_option(given: str, truth: str, options: tuple[str, ...]) -> bool:
     "Whether every option that `given` can mean is the right one, or has its text."
-    texts = {chr(65 + i): normalise_text(option) for i, option in enumerate(options)}
+    texts = {chr(65 + i): bare_text(option) for i, option in enumerate(options)}
     right = {truth} | {letter for letter, text in texts.items() if text and text == texts.get(truth)}
     return bool(letters := read_choice(given, options=options)) and letters <= right
 
@@ -138,7 +140,7 @@ def accuracy_reward(
         return float(_same_option(given, *read_choice(truth), options))
     if kind == "number":
         return float(_same_number(given, truth, tolerance, decimals))
-    return float(normalise_text(given) == normalise_text(truth))
+    return float(bare_text(truth) in spellings(given))
 
 # %% ../nbs/04_reward.ipynb #f845bdc0
 def interval_iou(

@@ -41,7 +41,7 @@ def test_the_readme_names_every_field():
     text = (BENCHMARKS / "README.md").read_text()
     names = {"cpu_s", "wall_s", "peak_mib", "gflop", "of_minimum", "speedup", "memory_ratio", "vision_share", "greedy_equal",
              "videos_encoded", "logp_difference", "gradient_difference", "speedup_by_sharing", "utilisation",
-             "response_ratio", "time_ratio", "vanishing", "no_trace"}
+             "response_ratio", "time_ratio", "vanishing", "no_trace", "decord_is_right", "plain"}
     assert {name for name in names if f"`{name}`" not in text} == set()
     assert {path.name for path in BENCHMARKS.glob("*.py") if path.name not in text} == set()
 
@@ -134,6 +134,16 @@ def test_what_augmentation_costs(benchmark, tmp_path):
     assert {"responses", "videos_encoded", "cpu_s", "response_ratio", "time_ratio", "vanishing", "no_trace"} <= cases["second draw"].keys()
     assert cases["no augmentation"]["responses"] == 64 and cases["no augmentation"]["response_ratio"] == 1
     assert cases["no augmentation"]["videos_encoded"] == cases["stored hints alone"]["videos_encoded"] == 16  # each video once
+
+
+def test_reading_in_the_most_common_containers(benchmark, tmp_path):
+    module = benchmark("reading")
+    module.main(module.Settings(quick=True, out=tmp_path))
+    found = read(tmp_path, "reading")
+    assert len(found["cases"]) == 10  # that ours are right is checked before anything is timed
+    for case in found["cases"]:
+        assert case["plain"] == ("decord" if case["decord_is_right"] else "pyav") and case["time_ratio"] > 0
+        assert case["sides"].keys() == {"plain", "ours"}
 
 
 @pytest.mark.skipif(find_spec("trl") is None, reason="needs TRL: pip install trl")

@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -220,7 +221,8 @@ def test_nextgqa_official_files(tmp_path):
     assert [replace(s, meta={**s.meta, "split": "val"}) for s in unnamed] == samples
     assert [s.id for s in samples] == ["4882821564_1", "4882821564_2", "4882821564_7"]
     assert [s.answer for s in samples] == ["C", "C", "A"] and {s.kind for s in samples} == {"choice"}
-    assert samples[1].spans == ((1.0, 2.0), (40.5, 91.0)) and samples[1].meta["duration"] == 90
+    assert samples[1].spans == ((1.0, 2.0), (40.5, 90.0)) and samples[1].meta["duration"] == 90  # one ends after the clip
+    assert samples[1].meta["official_spans"] == [[1.0, 2.0], [40.5, 91.0]] and "official_spans" not in samples[0].meta
     assert samples[0].video == str(tmp_path / "4882821564.mp4")
     assert load_samples(tmp_path, format="nextgqa", root="/v")[0].video == "/v/4882821564.mp4"
     write(tmp_path / "map_vid_vidorID.json", {"4882821564": "1104/4882821564"})
@@ -253,14 +255,16 @@ def check_real(folder: Path, split: str) -> None:
     assert len(samples) == questions and sum(len(s.spans) for s in samples) == intervals
     assert videos is None or len({s.video for s in samples}) == videos
     assert sum(len(s.spans) > 1 for s in samples) == several
-    assert sum(end > s.meta["duration"] for s in samples for _, end in s.spans) == late
+    official = {s.id: s.meta.get("official_spans", [list(span) for span in s.spans]) for s in samples}
+    assert sum(end > s.meta["duration"] for s in samples for _, end in official[s.id]) == late
+    assert all(0 <= start <= end <= s.meta["duration"] for s in samples for start, end in s.spans)
     assert Counter(s.meta["type"] for s in samples) == types
     for sample in samples:
         row = table[sample.id]
         assert sample.options["ABCDE".index(sample.answer)] == row["answer"].strip()
         assert sample.question == row["question"].strip()
         truth = listed[row["video_id"]]["location"][row["qid"]]
-        assert sample.spans == tuple((float(start), float(end)) for start, end in truth)
+        assert official[sample.id] == [[float(start), float(end)] for start, end in truth]
 
 
 def test_nextgqa_validation_split_loads_whole(shared_dir):
@@ -306,7 +310,7 @@ BAD = [  # format, what changes in a good row (None removes the field), the fiel
     ("longvideobench", {"correct_choice": "C"}, "correct_choice"),
     ("longvideobench", {"correct_choice": True}, "correct_choice"), ("longvideobench", {"video_path": 7}, "video_path"),
     ("videochat_r1_gqa", {"glue": []}, "glue"), ("videochat_r1_gqa", {"glue": [3, 4]}, "glue"),
-    ("videochat_r1_gqa", {"glue": [[4, 3]]}, "glue"), ("videochat_r1_gqa", {"glue": [[-1, 3]]}, "glue"),
+    ("videochat_r1_gqa", {"glue": [[4, 3]]}, "glue"), ("videochat_r1_gqa", {"glue": [[-3, -1]]}, "glue"),
     ("videochat_r1_gqa", {"glue": [[1, float("nan")]]}, "glue"), ("videochat_r1_gqa", {"answer": "(F)"}, "answer"),
     ("jsonl", {"kind": None}, "kind"), ("jsonl", {"colour": "red"}, "colour"), ("jsonl", {"answer": "a cat"}, "answer"),
     ("jsonl", {"options": ["an onion", "an onion"]}, "answer"), ("jsonl", {"spans": [[2, 1]]}, "spans"),
@@ -447,3 +451,152 @@ def test_the_right_option_is_followed_by_its_place(options, seed, data):
 ])
 def test_letters_of_a_file(options, answer, letter):
     assert answer_letter(answer, *strip_letters(options)) == letter
+
+
+# --- what real files hold ------------------------------------------------------------------------------------------------
+
+
+def reader_of(folder: Path, format: str, rows) -> tuple[Path, dict]:
+    "A file of this format with these rows, in its own kind of file."
+    if format == "nextgqa":
+        write_nextgqa(folder, rows, {"4882821564": {"duration": 90, "location": {row["qid"]: [[13.8, 29.8]] for row in rows}}})
+        return folder / "val.csv", {"format": format}
+    return write(folder / "rows.jsonl", rows), {"format": format}
+
+
+@pytest.mark.parametrize("text, encoding, message", [
+    ("caf\u00e9", "latin-1", "0xe9 is not UTF-8"), ("Fr\u00fchst\u00fcck", "cp1252", "0xfc is not UTF-8"), ("\u6f22\u5b57", "gbk", "is not UTF-8"),
+    ("\u6f22\u5b57", "shift-jis", "is not UTF-8"), ("caf\u00e9", "utf-16", "UTF-16"), ("cafe", "utf-16-le", "UTF-16"), ("cafe", "utf-32", "UTF-16 or UTF-32")])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "lines.json", "val.csv", "gsub_val.json", "map_vid_vidorID.json"])
+def test_a_file_that_is_not_utf8_is_refused_with_its_line_and_byte(tmp_path, name, text, encoding, message):
+    write_nextgqa(tmp_path, [NEXTGQA], {"4882821564": {"location": {"1": [[1, 2]]}}})
+    first, row = {**OWN, "question": "what?"}, {**OWN, "question": text}
+    dump = lambda value: json.dumps(value, ensure_ascii=False)
+    content = {"rows.jsonl": f"{dump(first)}\n{dump(row)}\n", "lines.json": f"{dump(first)}\n{dump(row)}\n",
+               "rows.json": f"[{dump(first)},\n{dump(row)}]", "val.csv": (tmp_path / "val.csv").read_text() + f"x,{text}\n",
+               "gsub_val.json": f'{{"a":\n"{text}"}}', "map_vid_vidorID.json": f'{{"a":\n"{text}"}}'}[name]
+    (tmp_path / name).write_bytes(content.encode(encoding))
+    file, how = (tmp_path / "val.csv", {"format": "nextgqa"}) if name[:4] in ("val.", "gsub", "map_") else (tmp_path / name, {})
+    wide = encoding.startswith("utf-")
+    place = "line 1" if wide else f"line {2 + (name == 'val.csv')}"
+    for strict in (True, False):
+        with pytest.raises(DataError, match=message) as caught:
+            load_samples(file, strict=strict, **how)
+    offset = int(re.search(r"byte (\d+)", str(caught.value))[1])
+    assert str(caught.value).startswith(f"{tmp_path / name}, {place}, byte ") and caught.value.place == place
+    assert offset == 0 if wide else content.encode(encoding)[offset] > 127 and content.encode(encoding)[:offset].isascii()
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
+def test_a_byte_order_mark_is_allowed(tmp_path, name):
+    text = {"rows.jsonl": json.dumps(OWN), "rows.json": json.dumps([OWN]), "rows.csv": "question,kind,answer\r\nwhat?,text,caf\u00e9\r\n"}[name]
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert len(load_samples(tmp_path / name)) == 1
+
+
+OPTIONAL = {"seed_bench_r1": ["sample_id", "task_progress_metadata", "task_goal", "domain", "golden_choice_idx", "task_level", "choice_a"],
+            "video_r1": ["problem_id", "process", "data_source", "original_question_type"],
+            "longvideobench": ["id", "subtitle_path", "duration", "duration_group", "question_category", "correct_choice", "option0"],
+            "videochat_r1_gqa": ["id", "type", "duration"],
+            "jsonl": ["id", "video", "images", "spans", "meta", "response", "show_answer"]}
+
+
+@pytest.mark.parametrize("format", OPTIONAL)
+def test_null_is_an_absent_field(tmp_path, format):
+    for name in OPTIONAL[format]:
+        row = {key: value for key, value in ROWS[format].items() if key != name}
+        assert load_one(tmp_path, format, {**row, name: None}) == load_one(tmp_path, format, row), name
+    everything = {**dict.fromkeys(OPTIONAL[format]), **ROWS[format]}
+    assert load_one(tmp_path, format, everything) == load_one(tmp_path, format, ROWS[format])
+
+
+def test_null_instead_of_padding_and_of_a_kind_that_has_no_options(tmp_path):
+    padded = {key: value for key, value in LONGVIDEOBENCH.items() if key != "candidates"} | {
+        "candidates": None, "option0": "a cup", "option1": "a plate", "option2": "a book", "option3": None, "option4": "N/A",
+        "correct_choice": 2.0, "duration_group": 600.0}  # as pandas writes whole numbers beside absent ones
+    sample = load_one(tmp_path, "longvideobench", padded)
+    assert sample.options == ("a cup", "a plate", "a book") and sample.answer == "C"
+    shown = {**VIDEO_R1, "problem_type": "numerical", "solution": "<answer>4</answer>", "options": None, "problem_id": 7.0}
+    assert load_one(tmp_path, "video_r1", shown).id == "7"
+    three = load_one(tmp_path, "seed_bench_r1", {**SEED_VALIDATION, "choice_d": None})
+    assert len(three.options) == 3
+
+
+WAYS = ["{}. {}", "({}) {}", "{}) {}", "{}: {}", "[{}] {}", "{}\uff0e{}", "\uff08{}\uff09{}", "{}\u3001 {}", " {}.  {} ", "Option {}: {}"]
+
+
+def lettered(format: str, texts, way: str, lower: bool = False) -> dict:
+    "A row whose options carry their letters."
+    marked = [way.format(chr((97 if lower else 65) + i), text) for i, text in enumerate(texts)]
+    if format == "seed_bench_r1":
+        return {**SEED_VALIDATION, **{f"choice_{letter}": text for letter, text in zip("abcd", marked)}, "answer": texts[2]}
+    if format == "nextgqa":
+        return {**NEXTGQA, **{f"a{i}": text for i, text in enumerate([*marked, way.format("e" if lower else "E", "sit")])}, "answer": texts[2]}
+    field = {"longvideobench": "candidates"}.get(format, "options")
+    answer = {"video_r1": {"solution": "<answer>C</answer>"}, "longvideobench": {}, "videochat_r1_gqa": {"answer": "(C)"},
+              "jsonl": {"answer": "C"}}[format]
+    return {**ROWS[format], field: marked, **answer}
+
+
+@pytest.mark.parametrize("lower", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("format", [*ROWS, "nextgqa"])
+def test_options_that_carry_their_letters_are_shown_once(tmp_path, format, way, lower):
+    texts = ["a cup", "a plate", "a book", "a hat"]
+    if lower and "\uff0e" in way:
+        way = "{}\uff0e {}"
+    file, how = reader_of(tmp_path, format, [lettered(format, texts, way, lower)])
+    [sample] = load_samples(file, **how)
+    assert sample.options[:4] == tuple(texts) and sample.answer == "C"
+
+
+@pytest.mark.parametrize("options, answer, right", [
+    (["B. cat", "A. dog", "C. cow"], "A", "dog"), (["B. cat", "A. dog", "C. cow"], "cat", "cat"), (["b) cat", "a) dog"], "a", "dog"),
+    (["(C) cat", "(A) dog", "(B) cow"], "C. cat", "cat"), (["A. cat", "B. dog"], "b", "dog"), (["A. cat", "B. dog"], "B) dog", "dog"),
+    (["A. cat", "B. dog"], "dog.", "dog"), (["cat", "dog"], "\uff22", "dog")])
+def test_a_letter_means_the_option_that_carries_it(tmp_path, options, answer, right):
+    sample = load_one(tmp_path, "jsonl", {**OWN, "options": options, "answer": answer})
+    assert sample.options["ABC".index(sample.answer)] == right
+
+
+@pytest.mark.parametrize("options, answer", [
+    (["A. cat", "A. dog"], "A"), (["A. cat", "B. dog", "cow"], "A"), (["A. cat", "B. dog", "B. cow"], "cow"), (["A. cat", "B."], "A"),
+    (["A. cat", "B. dog"], "A. dog"), (["A. cat", "B. dog"], "C"), (["B", "A"], "A"), (["A. cat", "B. dog"], "A or B")])
+def test_letters_that_contradict_each_other_are_refused(tmp_path, options, answer):
+    with pytest.raises(DataError, match="field '(options|answer)'"):
+        load_one(tmp_path, "jsonl", {**OWN, "options": options, "answer": answer})
+
+
+QUESTION = {"video_r1": "problem"}
+
+
+@pytest.mark.parametrize("mark", ["<video>\n", "<image>\n", "<VIDEO> ", "<image_1>", "<video>\n<image>\n", "<img>a.png</img> "])
+@pytest.mark.parametrize("format", [*ROWS, "nextgqa"])
+def test_marks_of_a_video_are_taken_out_of_a_question(tmp_path, format, mark):
+    row, field = {**ROWS, "nextgqa": NEXTGQA}[format], QUESTION.get(format, "question")
+    file, how = reader_of(tmp_path, format, [{**row, field: f"{mark}what is it?"}])
+    with pytest.warns(UserWarning, match="1 of 1 questions had marks such as <video> in the text"):
+        [sample] = samples = load_samples(file, **how)
+    assert sample.question == "what is it?" and len(samples.notes) == 1 and "".join(sample.meta["removed_marks"]) in mark.replace("\n", "")
+    file, how = reader_of(tmp_path, format, [{**row, field: "what is it?<|im_end|>"}])
+    with pytest.raises(DataError, match=f"field '{field}' holds the special token <.im_end.>"):
+        load_samples(file, **how)
+    file, how = reader_of(tmp_path, format, [{**row, field: "is x < y > z, or <b>?"}])
+    assert load_samples(file, **how)[0].question == "is x < y > z, or <b>?"
+
+
+@pytest.mark.parametrize("given, clamped", [([[-0.1, 5]], ((0.0, 5.0),)), ([[80, 91.5]], ((80.0, 90.0),)), ([[1, 2], [-2, 95]], ((1.0, 2.0), (0.0, 90.0)))])
+def test_intervals_that_reach_out_of_the_clip_are_clamped_and_counted(tmp_path, given, clamped):
+    write_nextgqa(tmp_path, [NEXTGQA], {"4882821564": {"duration": 90, "location": {"1": given}}})
+    write(tmp_path / "rows.jsonl", [{"question": "when?", "kind": "grounding", "spans": given, "meta": {"duration": 90}}])
+    glue = write(tmp_path / "glue.jsonl", [{**GLUE, "glue": given}])
+    for file, format in ((tmp_path / "val.csv", "nextgqa"), (glue, "videochat_r1_gqa"), (tmp_path / "rows.jsonl", "jsonl")):
+        with pytest.warns(UserWarning, match="1 of 1 questions have intervals that reach out of the clip"):
+            [sample] = load_samples(file, format=format)
+        assert sample.spans == clamped and sample.meta["official_spans"] == [[float(a), float(b)] for a, b in given]
+
+
+@pytest.mark.parametrize("spans", [[[95, 99]], [[-3, -1]], [[3, 1]], [[0, float("nan")]], [[0, float("inf")]], [[0, 10**400]], [[1, 2], [200, 300]]])
+def test_intervals_that_are_mistakes_are_refused(tmp_path, spans):
+    with pytest.raises(DataError, match="line 1: field 'glue'"):
+        load_one(tmp_path, "videochat_r1_gqa", {**GLUE, "glue": spans})

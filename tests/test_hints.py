@@ -1,5 +1,8 @@
 """Hints: whole lines or sentences, never the last, and never one that gives the answer away, however it is told."""
+import json
 import re
+import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -107,3 +110,43 @@ def test_any_text_can_be_judged(text, kind):
     sample = Sample("q", question="?", options=("a+b (c", "[d") if kind == "choice" else (), kind=kind,
                     answer={"choice": "A", "number": "7", "text": "x*y"}.get(kind, ""), spans=((1.0, 2.0),) if kind == "grounding" else ())
     assert gives_away(text, sample) in (True, False)
+
+
+# --- a table of traces --------------------------------------------------------------------------------------------------
+# Written as people and models write, before the check was: each with the part of it that is safe to show.
+
+TABLE = [json.loads(line) for line in Path(__file__).with_name("hints.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def asked(row):
+    return Sample("q", question=row["question"], kind=row["kind"], options=tuple(row.get("options", ())),
+                  answer=row.get("answer", ""), spans=tuple(map(tuple, row.get("spans", ()))))
+
+
+@pytest.mark.parametrize("row", TABLE, ids=[f"{row['kind']}-{i}" for i, row in enumerate(TABLE)])
+def test_the_safe_part_of_each_trace_is_shown_and_nothing_else(row):
+    assert make_hint(row["trace"], 1.0, asked(row)).strip() == row["safe"].strip()
+    for share in (0.0, 0.25, 0.5, 0.75):
+        hint = make_hint(row["trace"], share, asked(row))
+        assert row["safe"].startswith(hint) and not gives_away(hint, asked(row))
+
+
+def test_the_table_is_long_enough():
+    assert len(TABLE) >= 60
+
+
+@pytest.mark.parametrize("end", list("。！？｡।॥۔؟։።៕။‼⁉") + [". ", "! ", "? ", "。」", "！”"])
+def test_sentences_end_in_any_script(end):
+    trace = f"aa{end}bb{end}cc{end}dd"
+    assert make_hint(trace, 0.5) == f"aa{end}bb{end}".strip()
+
+
+@pytest.mark.parametrize("kind", ["choice", "number", "grounding", "text"])
+@pytest.mark.parametrize("piece, gap", [("The man walks on.", "\n"), ("He walks on.", " "), ("word", " "), ("他走了。", ""), ("t1 red 0", "\n"),
+                                        ("one hundred ", ""), ("a\u0301\u0316", ""), ("1:", ""), ("not b ", "\n"), ("一", ""), ("(", "")])
+def test_the_time_of_a_hint_is_linear(kind, piece, gap):
+    sample = Sample("q", question="?", options=("opens the door", "sits"), kind="choice", answer="A") if kind == "choice" else Sample(
+        "q", question="?", kind=kind, answer="" if kind == "grounding" else "987654", spans=((7e7, 8e7),) if kind == "grounding" else ())
+    start = time.process_time()
+    make_hint(gap.join([piece] * (40_000 // len(piece + gap))), 1.0, sample)
+    assert time.process_time() - start < 5.0  # quadratic time would take minutes

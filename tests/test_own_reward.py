@@ -52,7 +52,7 @@ def test_the_weights_are_those_of_the_config():
 
 @pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf])
 def test_weights_are_finite_and_not_negative(weight):
-    with pytest.raises(ValueError, match="0 or more and finite"):
+    with pytest.raises(ValueError, match="reward.iou_weight must be (0 or more|a finite number), got"):
         RewardConfig(iou_weight=weight)
 
 

@@ -58,7 +58,7 @@ def test_notebooks_are_clean(rebuilt):
 
 
 def module_of(path: Path) -> str:
-    "The module that a notebook exports: `nbs/data/01_video.ipynb` -> `data.video`."
+    "The module that a notebook exports: `nbs/data/06_video.ipynb` -> `data.video`."
     return ".".join([*path.relative_to(ROOT / "nbs").parent.parts, path.stem.partition("_")[2]])
 
 

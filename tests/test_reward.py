@@ -1,7 +1,9 @@
 """Rewards against a table of the mistakes that public reward functions made, and against hostile text."""
 
+import json
 import math
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
@@ -430,6 +432,23 @@ def test_a_truth_that_nobody_can_meet_is_an_error(kind):
     for truth in ("", " ", *(("soon", "nan") if kind in ("regression", "mra") else ())):
         with pytest.raises(ValueError, match=f"is no {kind}"):
             accuracy_reward(say("3"), truth, kind)
+
+
+# --- a table of answers ------------------------------------------------------------------------------------------------
+# Written from what people and models write, before the readers were: each line one question, with right and wrong answers.
+
+TABLE = [json.loads(line) for line in Path(__file__).with_name("answers.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("row", TABLE, ids=[f"{row['kind']}-{row['answer']}-{i}" for i, row in enumerate(TABLE)])
+def test_every_answer_of_the_table_has_its_score(row):
+    judge = lambda text: accuracy_reward(say(text), row["answer"], row["kind"], options=tuple(row["options"]))
+    assert [text for text in row["right"] if judge(text) != 1.0] == []
+    assert [text for text in row["wrong"] if judge(text) != 0.0] == []
+
+
+def test_the_table_is_long_enough():
+    assert sum(len(row["right"]) + len(row["wrong"]) for row in TABLE) >= 500
 
 
 # --- the total -------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from test_datasets import GLUE, LONGVIDEOBENCH, NEXTGQA, SEED_VALIDATION, VIDEO_R1, VIDEO_R1_EVAL, write, write_nextgqa
 from test_video import hang
 
@@ -75,6 +76,11 @@ def official(true: dict[str, list], predicted: dict[str, tuple], right: dict[str
             "R@0.7": (iou >= 0.7).mean()}
 
 
+def as_published(sample: Sample) -> list[tuple[float, float]]:
+    "The true intervals as the file has them: some reach out of the clip, and the rewards use what lies in it."
+    return [tuple(span) for span in sample.meta.get("official_spans", sample.spans)]
+
+
 def on_a_grid(spans, cells: int) -> np.ndarray:
     "Which tenths of a second lie in one of the spans, whose bounds are tenths of a second."
     grid = np.zeros(cells, bool)
@@ -103,7 +109,7 @@ def check_scorer(samples: list[Sample], seed: int) -> None:
     assert [row["evidence"] == [None] for row in rows] == [predicted[s.id] is None for s in samples]
     firsts = {name: spans[0] for name, spans in predicted.items() if spans}
     right = {sample.id: letters[sample.id] == sample.answer for sample in samples}
-    true = {sample.id: sample.spans for sample in samples}
+    true = {sample.id: as_published(sample) for sample in samples}
 
     ours = by_name(grounding_metrics([row for row in rows if row["evidence"][0]]))
     theirs = official(true, firsts, right)
@@ -121,13 +127,13 @@ def check_unions(samples: list[Sample], seed: int) -> None:
     "Unions are compared on a grid, so all bounds must be tenths of a second."
     rng, rows, ious, grounded = random.Random(seed), [], [], []
     for sample in samples:
-        if any(abs(10 * bound - round(10 * bound)) > 1e-6 for span in sample.spans for bound in span):
+        if any(abs(10 * bound - round(10 * bound)) > 1e-6 for span in as_published(sample) for bound in span):
             continue
         spans = [tuple(sorted((rng.randrange(1, 600) / 10, rng.randrange(600, 900) / 10))) for _ in range(rng.choice([1, 2, 4]))]
         spans += [(a + 0.5, b + 3) for a, b in sample.spans] if rng.random() < 0.7 else []
         spans = [(round(a, 1), round(b, 1)) for a, b in spans]
-        cells = round(10 * max(bound for span in (*spans, *sample.spans) for bound in span)) + 1
-        given, true = on_a_grid(spans, cells), on_a_grid(sample.spans, cells)
+        cells = round(10 * max(bound for span in (*spans, *as_published(sample)) for bound in span)) + 1
+        given, true = on_a_grid(spans, cells), on_a_grid(as_published(sample), cells)
         ious.append((given & true).sum() / (given | true).sum())
         grounded.append((given & true).sum() / given.sum() >= 0.5)
         rows.append(answered(sample, say(sample.answer, spans)))
@@ -162,7 +168,7 @@ def test_the_official_scorer_on_the_real_annotations(shared_dir, seed):
 def test_types_of_questions_add_up(shared_dir):
     samples = load_samples(shared_dir / "nextgqa", format="nextgqa", split="val")
     rng = random.Random(0)
-    rows = [answered(s, say(rng.choice("ABCDE"), [s.spans[0]])) for s in samples]
+    rows = [answered(s, say(rng.choice("ABCDE"), [as_published(s)[0]])) for s in samples]
     metrics = grounding_metrics(rows)
     assert {m.subset: m.n for m in metrics if m.name == "Acc@GQA"} == {
         "all": 3358, "type CH": 481, "type CW": 1474, "type TC": 472, "type TN": 879, "type TP": 52}
@@ -170,6 +176,18 @@ def test_types_of_questions_add_up(shared_dir):
         parts = [m for m in metrics if m.name == name and m.subset != "all"]
         assert sum(m.mean * m.n for m in parts) / 3358 == pytest.approx(by_name(metrics)[name].mean)
     assert by_name(metrics)["mIoU"].mean == 1.0  # the first true interval is one of the true ones
+
+
+def test_the_official_figures_use_the_official_numbers(tmp_path):
+    given = {"1": [[-0.1, 5]], "2": [[80, 100]], "3": [[10, 20]]}
+    write_nextgqa(tmp_path, [{**NEXTGQA, "qid": qid} for qid in given], {"4882821564": {"duration": 90, "location": given}})
+    with pytest.warns(UserWarning, match="2 of 3 questions have intervals that reach out of the clip"):
+        samples = load_samples(tmp_path, format="nextgqa")
+    assert [s.spans for s in samples] == [((0.0, 5.0),), ((80.0, 90.0),), ((10.0, 20.0),)]
+    rows = [answered(s, say("C", [s.spans[0]])) for s in samples]
+    figures = by_name(grounding_metrics(rows))
+    assert figures["mIoU"].mean == figures["mIoU of unions"].mean == pytest.approx((5 / 5.1 + 10 / 20 + 1) / 3)
+    assert [total_reward(say("C", [s.spans[0]]), s)[1]["iou"] for s in samples] == [1.0, 1.0, 1.0]  # what can be reached
 
 
 # --- the other figures by hand ------------------------------------------------------------------------------------
@@ -489,14 +507,14 @@ def test_clips_that_take_too_long_are_counted_and_tried_again(trained_model, tin
     assert json.loads((tmp_path / "out/benchmark.json").read_text())["unreadable"] == 0
 
 
-def test_clips_are_read_apart_only_where_that_is_asked_for(tiny_model, tiny_world, monkeypatch):
+def test_clips_are_read_apart_unless_a_lesson_asks_otherwise(tiny_model, tiny_world, monkeypatch):
     from deepvideo_r1.data import visuals
 
     guarded = []
     monkeypatch.setattr(visuals, "read_video_safely", lambda path, *, read, timeout, **how: guarded.append(timeout) or read(path, **how))
     sample, processor = load_samples(tiny_world / "L1.jsonl")[0], load_processor(tiny_model)
-    [(_, here)], [(_, apart)] = visuals.load_visuals(sample, processor), visuals.load_visuals(sample, processor, timeout=9)
-    assert guarded == [9] and (here.frames == apart.frames).all()
+    clips = [visuals.load_visuals(sample, processor, **how)[0][1] for how in ({}, {"timeout": 9}, {"timeout": None})]
+    assert guarded == [60.0, 9] and all(torch.equal(clip.frames, clips[0].frames) for clip in clips)
 
 
 def test_several_processes_need_a_file(asking):
@@ -569,7 +587,7 @@ def test_what_cannot_be_asked(trained_model, tiny_world, tmp_path, capsys):
     check_one_line(command(tiny_world / "L1.jsonl", "--benchmark", "mvbench"), "L1.jsonl", "'problem_type' is missing", "format video_r1")
     check_one_line(command(tiny_world / "L1.jsonl", "--benchmark", "nextgqa"), "gsub_L1.json", "No such file", "format nextgqa")
     check_one_line(command(tmp_path / "gone.jsonl", "--benchmark", "mmvu"), "gone.jsonl", "no such file")
-    check_one_line(command(tiny_world / "L1.jsonl", "--batch-prompts", 0), "batch_prompts", "at least")
+    check_one_line(command(tiny_world / "L1.jsonl", "--batch-prompts", 0), "batch_prompts", "1 or more")
     assert not out.exists()
 
 
@@ -652,7 +670,7 @@ def test_data_check_stops_and_reports(tiny_world, tmp_path, capsys, monkeypatch)
 def test_data_check_of_what_is_no_data_set(tiny_world, tmp_path, capsys):
     check_one_line(run(capsys, "data", "check", tmp_path / "gone.jsonl"), "gone.jsonl", "no such file")
     check_one_line(run(capsys, "data", "check", tiny_world / "L1.jsonl", "--format", "csv"), "'csv'", "jsonl, seed_bench_r1")
-    check_one_line(run(capsys, "data", "check", tiny_world / "L1.jsonl", "--every", 0), "every must be at least 1")
+    check_one_line(run(capsys, "data", "check", tiny_world / "L1.jsonl", "--every", 0), "every must be 1 or more")
 
 
 def test_data_check_of_the_real_annotations(shared_dir, tmp_path, capsys):

@@ -2,6 +2,7 @@
 import copy
 import functools
 import json
+import math
 import os
 import signal
 from dataclasses import replace
@@ -20,7 +21,7 @@ from deepvideo_r1.data.datasets import load_samples
 from deepvideo_r1.model.policy import load_policy, rollout_batch
 from deepvideo_r1.model.prompt import load_processor
 from deepvideo_r1.reward import score
-from deepvideo_r1.support.checkpoint import whole_checkpoints
+from deepvideo_r1.support.checkpoint import publish_checkpoint, whole_checkpoints
 from deepvideo_r1.support.files import read_jsonl
 from deepvideo_r1.support.interrupts import Stopped
 from deepvideo_r1.trainer import Trainer, TrainingError, fit, load_checkpoint
@@ -96,9 +97,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(make_trainer, tmp_path, run):
     assert not same(weights(whole), start) and len({row["reward_mean"] for row in rows}) > 1
     assert sum(row["noise_groups"] + row["hint_groups"] for row in rows) > 0
 
-    with pytest.raises(Stopped, match="stopped after step 3; the same command continues"):
+    with pytest.raises(Stopped, match="stopped after 3 steps; the same command continues"):
         fit(make_trainer(tmp_path / "parts", **RUNS[run]), on_step=stop_at(1))  # after step 2, which nothing else saves
-    with pytest.raises(Stopped, match="stopped after step 5"):
+    with pytest.raises(Stopped, match="stopped after 5 steps"):
         fit(make_trainer(tmp_path / "parts", **RUNS[run]), on_step=stop_at(3, signal.SIGTERM))
     with pytest.raises(Crash):  # step 5 is in the metrics, but in no checkpoint
         fit(make_trainer(tmp_path / "parts", **RUNS[run]), on_step=crash_at(5))
@@ -146,8 +147,11 @@ def test_a_finished_run_stays_as_it_is(make_trainer, tmp_path):
 
 def test_another_number_of_processes_is_refused(make_trainer, tmp_path):
     fit(make_trainer(tmp_path, steps=2))
-    state = whole_checkpoints(tmp_path / "checkpoints")[-1] / "trainer.json"
+    newest = whole_checkpoints(tmp_path / "checkpoints")[-1]
+    state = newest / "trainer.json"
     state.write_text(state.read_text().replace('"processes": 1', '"processes": 2'))
+    (newest / "MANIFEST.json").unlink()
+    publish_checkpoint(newest.rename(tmp_path / "aside"), newest, 2)
     with pytest.raises(ValueError, match="was saved by 2 processes, this run has 1"):
         fit(make_trainer(tmp_path, steps=4))
 
@@ -308,9 +312,9 @@ def test_the_sampling_settings_reach_the_sampler(make_trainer, tmp_path):
     assert not any(r.sampled_logps.any() for r in greedy) and all(len(r.texts) == 4 for r in cut)
     assert [r.texts for r in cut] != [r.texts for r in free]
     assert [r.texts for r in groups(batch_rows=4)] == [r.texts for r in free] != [r.texts for r in groups(temperature=0.5)]
-    for wrong in ({"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}):
-        with pytest.raises(ValueError, match="rollout.top_k must be at least 0"):
-            RolloutConfig(**wrong)
+    for name, value in {"top_k": -1, "top_p": 0.0, "batch_rows": 0, "temperature": math.nan, "max_tokens": 0}.items():
+        with pytest.raises(ValueError, match=f"rollout.{name} must be"):
+            RolloutConfig(**{name: value})
 
 
 def test_training_on_cut_rollouts_starts_at_a_ratio_of_one(make_trainer, tmp_path):
@@ -367,7 +371,7 @@ def poison(trainer, step):
 def test_a_nan_stops_the_run_and_the_last_checkpoint_stays(make_trainer, tmp_path):
     whole = fit(make_trainer(tmp_path / "whole"))
     sick = make_trainer(tmp_path / "sick")
-    with pytest.raises(TrainingError, match=r"step 3: \w+ is nan.*the last checkpoint is intact"):
+    with pytest.raises(TrainingError, match=r"step 3: \w+ is nan.*what was saved is intact"):
         fit(sick, on_step=poison(sick, 2))
     assert [path.name for path in whole_checkpoints(tmp_path / "sick/checkpoints")] == ["step-000002"]
     assert len(read_jsonl(tmp_path / "sick/metrics.jsonl")) == 3

@@ -65,6 +65,7 @@ def test_the_cases_are_what_they_say(found):
     assert sum(row["noise_groups"] + row["hint_groups"] for row in rows["reg_grpo, augmented"]) > 0
     assert any((row["noise_groups"] + row["hint_groups"]) % 2 for row in rows["grpo, both groups"])
     assert any(row["groups"] % 2 for row in rows["grpo, a bad clip"])
+    assert [row["kl"] > 0 for row in rows["grpo, adapters that were trained before"]] == [False, True]
     assert {row["groups"] for row in rows["reg_grpo, a rank without a group"]} >= {1, 2}
 
 

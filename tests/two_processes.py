@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch.nn.parallel import DistributedDataParallel
 
 from deepvideo_r1.config import AugmentConfig, ObjectiveConfig, PromptConfig, RolloutConfig, TrainConfig
+from deepvideo_r1.core import make_generator
 from deepvideo_r1.data.datasets import load_samples
 from deepvideo_r1.model.policy import load_policy
 from deepvideo_r1.model.prompt import load_processor
@@ -21,10 +22,12 @@ NO_LIMIT = dict(max_grad_norm=1e9)  # so that what is left in `.grad` is the gra
 CASES = {  # objective, augmentation, changes of the training settings, samples whose clip is bad, rank of adapters
     "grpo": ("grpo", AugmentConfig(), dict(prompts_per_forward=2, inner_updates=2), (), 0),
     "reg_grpo, adapters": ("reg_grpo", AugmentConfig(), dict(prompts_per_forward=1), (), 4),
+    "grpo, adapters that were trained before": ("grpo", AugmentConfig(), dict(prompts_per_forward=2), (), 4),
     "reg_grpo, augmented": ("reg_grpo", AUGMENT, dict(prompts_per_forward=4, steps=3), (), 0),
     "grpo, both groups": ("grpo", replace(AUGMENT, keep_first=True, dead_zone=0.4),
                           dict(prompts_per_forward=2, steps=3), (), 0),
     "grpo, a bad clip": ("grpo", replace(AUGMENT, window=6), dict(prompts_per_forward=1, steps=3), range(3), 0),
+    "grpo, averaged over tokens": ("grpo", AugmentConfig(), dict(prompts_per_forward=2), (1,), 0),
     "reg_grpo, a rank without a group": ("reg_grpo", AugmentConfig(), dict(prompts_per_step=2, steps=6), (1, 4, 8), 0),
 }
 
@@ -33,9 +36,13 @@ def make_trainer(case: str, model: Path, questions: Path, directory: Path) -> Tr
     name, augment, train, bad, lora_rank = CASES[case]
     samples = [replace(s, video=f"{s.video}.gone") if i in bad else s for i, s in enumerate(load_samples(questions))]
     settings = dict(steps=2, prompts_per_step=6, learning_rate=1e-3, warmup_steps=2, save_every=2, max_bad_share=0.9)
-    return Trainer(load_policy(model, lora_rank=lora_rank), load_processor(model), samples, directory, augment=augment,
+    policy = load_policy(model, lora_rank=lora_rank)
+    for weight_name, weight in policy.named_parameters():
+        if "before" in case and "lora_B" in weight_name:
+            torch.nn.init.normal_(weight, std=0.01, generator=make_generator(weight_name))
+    return Trainer(policy, load_processor(model), samples, directory, augment=augment,
                    train=TrainConfig(**settings | NO_LIMIT | train), prompt=PromptConfig("plain"),
-                   rollout=RolloutConfig(3, max_tokens=24), objective=ObjectiveConfig(name, kl_coef=0.1),
+                   rollout=RolloutConfig(3, max_tokens=24), objective=ObjectiveConfig(name, kl_coef=0.1, length_norm="token" if "tokens" in case else "response"),
                    accelerator=Accelerator(cpu=True))
 
 

@@ -7,12 +7,14 @@ __all__ = ['LOCK_NAME', 'InUseError', 'lock_owner', 'directory_lock']
 
 # %% ../../nbs/support/07_locks.ipynb #0f25db96
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
@@ -28,12 +30,20 @@ class InUseError(ValueError):
 def _open_locked(path: Path) -> IO[str] | None:
     "The lock file, locked; None when another process has locked it."
     while True:
+        # Ask for the lock, and do not wait.
+        path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
             return None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            warnings.warn(f"{path.parent}: this file system has no locks; see to it that one run at a time works here",
+                          stacklevel=4)
+            return file
         # The owner before us removes the file: a lock on a removed file protects nothing.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
@@ -42,7 +52,7 @@ def _open_locked(path: Path) -> IO[str] | None:
 
 
 def lock_owner(
-    directory: str | Path,  # that is locked
+    directory: str | Path,  # directory that is locked
 ) -> str:
     "Who works in the directory, in words, as its lock file tells."
     try:
@@ -54,14 +64,14 @@ def lock_owner(
 
 @contextlib.contextmanager
 def directory_lock(
-    directory: str | Path,  # to work in; it exists
+    directory: str | Path,  # directory to work in; made when missing, and removed again when it stays empty
     *,
     wait: bool = False,  # wait for the other process instead of raising
     on_wait: Callable[[str], None] | None = None,  # called once with the owner, before waiting
 ) -> Iterator[None]:
     "Within the block, this process alone works in the directory; raises `InUseError` when another one does."
-    path = Path(directory) / LOCK_NAME
-    told = False
+    path, told = Path(directory) / LOCK_NAME, False
+    is_new = not path.parent.exists()
     while (file := _open_locked(path)) is None:
         if not wait:
             raise InUseError(f"{directory} is in use by {lock_owner(directory)}; wait until it ends, or name another "
@@ -73,11 +83,15 @@ def directory_lock(
 
     # Leave a note for whoever comes second, and remove it at the end.
     try:
-        file.truncate(0)
-        json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-                   "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200]}, file)
-        file.flush()
+        note = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+                "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200]}
+        with contextlib.suppress(OSError):  # a full disk has no room for it
+            file.truncate(0)
+            os.write(file.fileno(), json.dumps(note).encode())
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
+            if is_new:  # a run that could not begin leaves no empty directory
+                path.parent.rmdir()
         file.close()

@@ -13,7 +13,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from .files import write_whole
+from .files import DamagedFileError, read_json_file, write_whole
 
 # %% ../../nbs/support/03_run_directory.ipynb #1fa44058
 def _flatten(value: Any, name: str = "") -> dict[str, Any]:
@@ -36,10 +36,31 @@ def difference(
     return {name: (before.get(name), after.get(name)) for name in names}
 
 # %% ../../nbs/support/03_run_directory.ipynb #31210856
+_OWN_FILES = (".config.json.tmp", ".lock")  # what a run that was killed at its start leaves behind
+
+
 def _first_changes(changes: dict[str, tuple[Any, Any]]) -> str:
     "The first three changes in words, and how many more there are."
     listed = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in list(changes.items())[:3])
     return listed + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
+
+
+def _has_grown(old: Any, new: Any) -> bool:
+    return isinstance(old, (int, float)) and isinstance(new, (int, float)) and new >= old
+
+
+def _is_foreign(directory: Path) -> bool:
+    "Whether a directory holds files that no run has left behind."
+    return directory.exists() and any(path.name not in _OWN_FILES for path in directory.iterdir())
+
+
+def _written_fields(config: Any, ignored: Sequence[str]) -> dict[str, Any]:
+    "The config as it is read from JSON, without the fields that change no result."
+    written = json.loads(json.dumps(asdict(config)))
+    for name in ignored:
+        *parents, last = name.split(".")
+        functools.reduce(lambda inner, parent: inner.get(parent, {}), parents, written).pop(last, None)
+    return written
 
 
 def open_run(
@@ -47,27 +68,35 @@ def open_run(
     config: Any,  # config record
     *,
     ignored: Sequence[str] = ("out", "workers", "prompt.cache_dir", "prompt.cache_gb"),  # fields that change no result
-) -> bool:  # True when the directory was begun with the same config
-    "Writes `config.json`, or checks that it is the same; raises `ValueError` with the differences."
-    directory, wanted = Path(directory), json.loads(json.dumps(asdict(config)))
-    for name in ignored:
-        *parents, last = name.split(".")
-        functools.reduce(lambda inner, parent: inner.get(parent, {}), parents, wanted).pop(last, None)
+    may_change: Sequence[str] = (),  # fields that may differ when a run continues
+    may_grow: Sequence[str] = (),  # fields that may be larger when a run continues
+) -> bool:  # True when the directory was begun before
+    "Writes `config.json`, or checks that it fits; raises `ValueError` with the differences, or for a damaged file."
+    directory, wanted = Path(directory), _written_fields(config, ignored)
 
     # A new run begins in a new or empty directory, so that it cannot mix with other files.
     path = directory / "config.json"
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file; name a directory")
     if not path.exists():
-        if directory.exists() and any(directory.iterdir()):
+        if _is_foreign(directory):
             raise ValueError(f"{directory} is not empty and holds no config.json; name another directory")
         directory.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(wanted, indent=2))
         return False
 
-    # An old run continues with its own config only.
-    saved = json.loads(path.read_text())
-    if saved != wanted:
-        raise ValueError(f"{directory} belongs to another config ({_first_changes(difference(saved, wanted))}); "
+    # An old run continues with its own config only, but for the fields that may differ.
+    saved = read_json_file(path, advice="put back a copy of it, or name another directory")
+    if not isinstance(saved, dict):
+        raise DamagedFileError(f"{path}, line 1: the file is damaged, it holds no config; put back a copy of it, or "
+                               "name another directory")
+    changes = difference(saved, wanted)
+    refused = {name: values for name, values in changes.items() if name not in (*ignored, *may_change)
+               and not (name in may_grow and _has_grown(*values))}
+    if refused:
+        shrunk = "".join(f"; {name} may only grow" for name in refused if name in may_grow)
+        raise ValueError(f"{directory} belongs to another config ({_first_changes(refused)}{shrunk}); "
                          "name another directory, or remove it")
+    if changes:
+        write_whole(path, json.dumps(wanted, indent=2))
     return True

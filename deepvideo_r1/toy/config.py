@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import get_args
 
 from deepvideo_r1.config import (
-    AugmentConfig, ObjectiveConfig, ObjectiveName, PromptConfig, RolloutConfig, RunConfig, TrainConfig,
+    AugmentConfig, ObjectiveConfig, ObjectiveName, PromptConfig, RolloutConfig, RunConfig, TrainConfig, check_fields,
 )
 
 # %% ../../nbs/toy/00_config.ipynb #aac4a7da
@@ -28,11 +28,10 @@ class WorldConfig:
     misread_strength: float = 0.7  # weak annotator: chance of misreading at the lowest contrast
     misread_power: float = 2.0  # weak annotator: how fast that chance falls with rising contrast
     show_answer_share: float = 0.1  # share of annotated rows whose prompt shows the answer
-    seed: int = 0  # seed of all randomness
+    seed: int = 0  # seed of positions, contrasts, questions and noise
 
     def __post_init__(self):
-        if min(self.sft_videos, self.rl_videos, self.eval_videos) < 1:
-            raise ValueError("sft_videos, rl_videos and eval_videos must be at least 1")
+        check_fields(self, at_least_1=("sft_videos", "rl_videos", "eval_videos"), at_least_0=("misread_power",))
         if not 2 <= self.n_steps <= 9:
             raise ValueError(f"n_steps must be 2 to 9, got {self.n_steps}")
         if not 0 < self.min_contrast < 1 or not 0 <= self.misread_strength <= 1:
@@ -44,9 +43,9 @@ class WorldConfig:
 class ColdStartConfig:
     "One schedule: the encoder learns to see, then the whole model learns to reason from annotated examples."
     vision_steps: int = 100  # steps in which the encoder learns colours and places through a throw-away linear layer
-    vision_batch: int = 64  # videos in each of these steps
+    vision_batch: int = 64  # videos per batch of the vision stage
     sft_steps: int = 360  # steps of supervised fine-tuning on annotated reasoning
-    sft_batch: int = 32  # questions in each step of fine-tuning
+    sft_batch: int = 32  # questions per batch of fine-tuning
     learning_rate: float = 3e-3  # peak learning rate of both stages; it falls along a cosine to 5 %
     warmup_steps: int = 50  # warm-up steps of fine-tuning; the encoder's stage warms up in a fifth of that
     perception_weight: float = 2.0  # weight of the loss on the words that name what was seen
@@ -55,8 +54,8 @@ class ColdStartConfig:
     seed: int = 0  # seed of weights and batches
 
     def __post_init__(self):
-        if min(self.vision_steps, self.sft_steps, self.vision_batch, self.sft_batch) < 1:
-            raise ValueError("cold_start: steps and batches must be at least 1")
+        check_fields(self, "cold_start.", above_0=("learning_rate",), at_least_0=("perception_weight", "warmup_steps"),
+                     at_least_1=("vision_steps", "sft_steps", "vision_batch", "sft_batch", "hidden_size", "n_layers"))
 
 # %% ../../nbs/toy/00_config.ipynb #1cc02949
 VARIANTS: dict[str, dict[str, object]] = {  # ending of an arm's name -> what it changes in `augment`
@@ -66,11 +65,11 @@ VARIANTS: dict[str, dict[str, object]] = {  # ending of an arm's name -> what it
     "_noise": {"hint_scale": 0.0},  # only harder
     "_hint": {"noise_scale": 0.0, "mask_scale": 0.0},  # only easier
     "_fade": {"hint_fade_steps": 25},  # hints are gone after 25 steps
-    "_both": {"keep_first": True},  # the first groups are trained on as well
+    "_both": {"keep_first": True},  # the original groups are trained on as well
     "_both_redraw": {"keep_first": True, "redraw_only": True},  # its control: both draws of every group are trained on
     "_absolute": {"difficulty": "absolute"},  # Table 6
     "_fixed": {"schedule": "fixed"},  # Table 8
-    "_vanishing": {"second_group": "vanishing"},  # a second group only where the first one vanishes
+    "_vanishing": {"second_group": "vanishing"},  # a second group only where the original one vanishes
     "_vanishing_redraw": {"second_group": "vanishing", "redraw_only": True},  # its control
 }
 ARMS = {objective + ending: (objective, ending) for ending in VARIANTS for objective in get_args(ObjectiveName)}
@@ -108,9 +107,7 @@ class ToyConfig:
         repeated = len(set(self.arms)) < len(self.arms) or len(set(self.seeds)) < len(self.seeds)
         if not self.arms or not self.seeds or repeated:
             raise ValueError("arms and seeds must each name at least one, none of them twice")
-        if self.workers < 1 or self.eval_samples < 1:
-            raise ValueError("workers and eval_samples must be at least 1, "
-                             f"got {self.workers} and {self.eval_samples}")
+        check_fields(self, at_least_1=("workers", "eval_samples"))
         if (self.grpo.name, self.reg_grpo.name) != ("grpo", "reg_grpo"):
             raise ValueError("grpo.name and reg_grpo.name are fixed; choose arms with --arms")
 

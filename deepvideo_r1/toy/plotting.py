@@ -84,7 +84,7 @@ _METRIC_NAMES = {"reward_accuracy": "accuracy of sampled answers", "reward_mean"
 def plot_learning(
     run_dir: str | Path,  # run directory
     *,
-    metric: str = "reward_accuracy",  # metric of the first groups, before any augmentation; for example "reward_mean"
+    metric: str = "reward_accuracy",  # metric of the original groups; for example "reward_mean"
     window: int | None = None,  # steps in the moving average; None takes a tenth of the run
     theme: Theme = LIGHT,  # colours
 ) -> Figure:
@@ -115,7 +115,7 @@ def plot_vanishing(
             _draw_curve(ax, stack_metric(seeds, "step").mean(0), stack_metric(seeds, metric), arm, theme, window)
         ax.set_ylim(bottom=0)
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    _name_axes(panels[0], theme, "first groups", "step", "groups with equal rewards")
+    _name_axes(panels[0], theme, "original groups", "step", "groups with equal rewards")
     _name_axes(panels[1], theme, "trained groups", "step")
     _legend(figure, theme, panels[0])
     return figure

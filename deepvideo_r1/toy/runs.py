@@ -16,7 +16,7 @@ import numpy as np
 
 from ..data.video import VideoError, read_video, resize_frames
 from ..reward import accuracy_reward, parse_number
-from ..support.files import read_jsonl
+from ..support.files import read_json_file, read_jsonl
 
 # %% ../../nbs/toy/04_runs.ipynb #664bc541
 ARM_NAMES = {"grpo": "GRPO", "grpo_da": "GRPO + DA", "reg_grpo": "Reg-GRPO", "reg_grpo_da": "Reg-GRPO + DA"}
@@ -35,14 +35,11 @@ def read_json(
     run_dir: str | Path,  # run directory
     name: str,  # file in it
 ) -> Any | None:
-    "The content of an optional file, or None when there is no such file; raises `ValueError` for invalid JSON."
+    "The content of an optional file, or None when there is no such file; raises `ValueError` for a damaged one."
     path = Path(run_dir) / name
     if not path.exists():
         return None
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON ({error}); write it again or remove it") from error
+    return read_json_file(path, advice="write it again or remove it")
 
 
 def read_results(

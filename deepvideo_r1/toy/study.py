@@ -10,8 +10,8 @@ import importlib
 import json
 import multiprocessing
 import os
-import signal
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,11 +23,13 @@ from ..evaluation.intervals import mean_interval
 from ..experiment import run_training
 from ..model.policy import PolicyModel, load_policy
 from ..model.prompt import load_processor
-from ..support.files import disk_error_advice, read_jsonl, write_whole
+from ..support.files import disk_error_advice, read_json_file, read_jsonl, write_whole
 from ..support.glossary import Glossary, Meaning
-from ..support.interrupts import Stopped, TrainingError
+from ..support.interrupts import Stopped, TrainingError, stop_flag
+from ..support.locks import directory_lock
 from ..support.progress import quiet
 from ..support.run_directory import open_run
+from ..support.workers import begin_worker, end_workers, fork_server
 from .cold_start import cold_start
 from .config import ToyConfig, arm_config
 from .knobs import knob_curve, tercile_names
@@ -42,10 +44,15 @@ def _evaluate_split(
     directory.mkdir(parents=True, exist_ok=True)
     samples, processor = load_samples(world / f"{split}.jsonl"), load_processor(model)
     modes = {"greedy": (0.0, 1), "sampled": (config.rollout.temperature, config.eval_samples)}
-    return {mode: evaluate(policy, processor, samples, prompt=config.prompt, temperature=temperature,
-                           n_responses=n_responses, max_tokens=config.rollout.max_tokens,
-                           path=directory / f"{split}-{mode}.jsonl")
-            for mode, (temperature, n_responses) in modes.items()}
+    rows = {}
+    for mode, (temperature, n_responses) in modes.items():
+        with stop_flag() as asked:
+            rows[mode] = evaluate(policy, processor, samples, prompt=config.prompt, temperature=temperature,
+                                  n_responses=n_responses, max_tokens=config.rollout.max_tokens,
+                                  path=directory / f"{split}-{mode}.jsonl")
+        if asked():  # its last batch was finished, and the next split is not begun
+            raise Stopped("stopped after an evaluation; the same command continues", asked())
+    return rows
 
 
 def level_figures(
@@ -95,15 +102,12 @@ def _knob_job(config: ToyConfig, world: Path, model: Path, out: Path) -> dict[st
 
 def _arm_job(config: ToyConfig, world: Path, model: Path, out: Path, arm: str, seed: int) -> dict[str, Any]:
     "Trains one arm with one seed and evaluates it on every level."
-    directory, parent = out / "arms" / f"{arm}-seed{seed}", os.getppid()
-
-    # A process whose parent has died stops after its step.
-    def stop_without_parent(row: dict[str, float]) -> None:
-        if os.getppid() != parent:
-            os.kill(os.getpid(), signal.SIGTERM)
-
+    directory = out / "arms" / f"{arm}-seed{seed}"
     settings = arm_config(config, arm, seed, model, world / "rl.jsonl", directory)
-    trainer = run_training(settings, on_step=stop_without_parent)
+    with stop_flag() as asked:
+        trainer = run_training(settings)
+    if asked():  # its last step was finished, and the evaluation is not begun
+        raise Stopped("stopped after the training; the same command continues", asked())
     result = {"arm": arm, "seed": seed, **arm_figures(read_jsonl(directory / "metrics.jsonl"))}
 
     # Accuracy after training, and its gain over the cold start on the same questions.
@@ -142,8 +146,9 @@ def run_job(
     "Does one piece of work in this process and writes its file; exits with 2 on an error, with 130 on an interrupt."
     out = Path(config.out)
     try:
-        os.setsid()
+        begin_worker()
         quiet()
+        warnings.formatwarning = lambda message, *place, **more: f"{job}: {message}\n"
 
         # The work itself.
         if job == "cold_start":
@@ -167,55 +172,48 @@ def run_job(
 
 # %% ../../nbs/toy/10_study.ipynb #67e10635
 def _check_exit(out: Path, job: str, code: int) -> None:
-    "Raises `KeyboardInterrupt` for an interrupted piece and `TrainingError` for a failed one."
+    "Raises `Stopped` for an interrupted piece and `TrainingError` for a failed one."
     note = out / f".{job}.error"
     message = note.read_text() if note.exists() else f"the process ended with code {code}"
     note.unlink(missing_ok=True)
     if code == 130:
-        raise KeyboardInterrupt
+        raise Stopped("stopped; everything up to the last step is saved, and the same command continues")
     if code:
         raise TrainingError(f"{job}: {message}")
 
 # %% ../../nbs/toy/10_study.ipynb #6e33eaee
 def _run_jobs(
     config: ToyConfig, world: Path, model: Path, jobs: Sequence[str], report: Callable[[str, int, int], None],
+    start: Callable[..., multiprocessing.Process],
 ) -> None:
-    "Runs the pieces, `workers` at a time; raises `Stopped` on an interrupt and `TrainingError` when a piece fails."
+    "Runs the pieces, `workers` at a time; raises `Stopped` after a signal and `TrainingError` when a piece fails."
     out, steps = Path(config.out), config.train.steps + 1
-
-    # The fork server imports the libraries once. A child can import a module, but not a notebook's cell.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["deepvideo_r1.toy.study"])
-    work = importlib.import_module("deepvideo_r1.toy.study").run_job
-
     waiting = [job for job in jobs if not _job_file(out, job).exists()]
-    running: dict[str, multiprocessing.Process] = {}
-    try:
-        while waiting or running:
-            # Start as many as there are workers.
-            while waiting and len(running) < config.workers:
-                job = waiting.pop(0)
-                running[job] = context.Process(target=work, args=(config, world, model, job))
-                running[job].start()
 
-            # Report every running piece, and take out those that have ended.
-            time.sleep(0.2)
-            for job, process in list(running.items()):
-                report(job, len(read_jsonl(out / "arms" / job / "metrics.jsonl")), steps)
-                if process.exitcode is not None:
-                    del running[job]
-                    _check_exit(out, job, process.exitcode)
-                    report(job, steps, steps)
-    except BaseException as error:
-        # Interrupt the others and wait until they have saved their state.
-        for process in running.values():
-            if process.is_alive():
-                os.kill(process.pid, signal.SIGINT)
-        for process in running.values():
-            process.join()
-        if isinstance(error, KeyboardInterrupt):
-            raise Stopped("stopped; everything up to the last step is saved, and the same command continues") from None
-        raise
+    # A child can import a module, but not a notebook's cell.
+    work = importlib.import_module("deepvideo_r1.toy.study").run_job
+    running: dict[str, multiprocessing.Process] = {}
+    with stop_flag() as asked:
+        try:
+            while waiting or running:
+                # Start as many as there are workers.
+                while waiting and len(running) < config.workers:
+                    job = waiting.pop(0)
+                    running[job] = start(work, config, world, model, job)
+
+                # Report every running piece, and take out those that have ended.
+                time.sleep(0.2)
+                for job, process in list(running.items()):
+                    report(job, len(read_jsonl(out / "arms" / job / "metrics.jsonl")), steps)
+                    if process.exitcode is not None:
+                        del running[job]
+                        _check_exit(out, job, process.exitcode)
+                        report(job, steps, steps)
+                if asked():
+                    raise Stopped("stopped; everything up to the last step is saved, and the same command continues",
+                                  asked())
+        finally:
+            end_workers(list(running.values()))
 
 # %% ../../nbs/toy/10_study.ipynb #7093f4b4
 def _pick_examples(config: ToyConfig, world: Path) -> list[dict[str, Any]]:
@@ -247,25 +245,27 @@ def run_toy(
     "Runs or continues the study and writes its report; raises `Stopped` on an interrupt."
     quiet()
     out, report = Path(config.out), on_progress or (lambda *_: None)
-    open_run(out, config)
+    with directory_lock(out):
+        open_run(out, config)
 
-    # The cold start. Its cost is noted once: a call that continues would find it made.
-    world, model, start = cold_start(config, out.parent / "cache", on_progress=report)
-    if not (out / "start.json").exists():
-        write_whole(out / "start.json", json.dumps(start))
+        # The cold start. Its cost is noted once: a call that continues would find it made.
+        world, model, start = cold_start(config, out.parent / "cache", on_progress=report)
+        if not (out / "start.json").exists():
+            write_whole(out / "start.json", json.dumps(start))
 
-    # The pieces of work: the evaluation of the cold start, then the rest.
-    jobs = job_names(config)
-    _run_jobs(config, world, model, jobs[:1], report)
-    _run_jobs(config, world, model, jobs[1:], report)
+        # The pieces of work: the evaluation of the cold start, then the rest.
+        jobs = job_names(config)
+        with fork_server(["deepvideo_r1.toy.study"]) as start:
+            _run_jobs(config, world, model, jobs[:1], report, start)
+            _run_jobs(config, world, model, jobs[1:], report, start)
 
-    # Results, examples and the report.
-    started = json.loads((out / "start.json").read_text())
-    results = {"config": asdict(config), "cold_start": started | json.loads((out / "cold_start.json").read_text()),
-               "arms": [json.loads(_job_file(out, job).read_text()) for job in jobs[2:]]}
-    write_whole(out / "results.json", json.dumps(results, indent=1))
-    write_whole(out / "examples.json", json.dumps(_pick_examples(config, world), indent=1))
-    write_report(out)
+        # Results, examples and the report.
+        started = read_json_file(out / "start.json") | read_json_file(out / "cold_start.json")
+        results = {"config": asdict(config), "cold_start": started,
+                   "arms": [read_json_file(_job_file(out, job)) for job in jobs[2:]]}
+        write_whole(out / "results.json", json.dumps(results, indent=1))
+        write_whole(out / "examples.json", json.dumps(_pick_examples(config, world), indent=1))
+        write_report(out)
     return out
 
 # %% ../../nbs/toy/10_study.ipynb #a37c36c2

@@ -17,6 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..support.files import read_json_file, write_whole
+from ..support.interrupts import Stopped, stop_flag
+from ..support.locks import LOCK_NAME, directory_lock
 from .config import WorldConfig
 
 # %% ../../nbs/toy/01_world.ipynb #5c37de1e
@@ -244,39 +247,61 @@ def _rows_of(name: str, story: Story, colour: str, place: str, unbroken: bool, c
     return rows
 
 # %% ../../nbs/toy/01_world.ipynb #7a0c5f58
+_BEGUN = ".begun.json"  # the config of a world that is not whole yet
+
+
+def _is_whole(directory: Path, settings: dict) -> bool:
+    "Whether the world is there; raises `ValueError` for one of another config and for a damaged `world.json`."
+    for name in ("world.json", _BEGUN):
+        path = directory / name
+        if path.exists() and read_json_file(path, advice="remove it, and the same command continues") != settings:
+            raise ValueError(f"{directory} holds a world made with another config; name another directory or remove it")
+    return (directory / "world.json").exists()
+
+
+def _write_world(directory: Path, config: WorldConfig, on_progress: Callable[[int, int], None]) -> None:
+    "Writes what is missing of a world; raises `Stopped` after a signal."
+    videos, rows, plan = directory / "videos", {split: [] for split in WORLD_SPLITS}, _video_plan(config)
+    videos.mkdir(parents=True, exist_ok=True)
+    for leftover in videos.glob("*.tmp"):  # of a call that was killed
+        leftover.unlink()
+
+    # The videos. All of them are drawn again, and the missing ones are written.
+    with stop_flag() as asked:
+        for i, (name, environment, unbroken) in enumerate(plan):
+            rng = np.random.default_rng([config.seed, i])
+            story, colour, place = draw_story(rng, n_steps=config.n_steps, contrast=(config.min_contrast, 1.0),
+                                              unbroken=unbroken)
+            frames = render(story, ENVIRONMENTS[environment], rng)
+            if not (path := videos / f"{name}.mp4").exists():
+                write_video(path, frames)
+            for split, questions in _rows_of(name, story, colour, place, unbroken, config, rng).items():
+                rows[split] += questions
+            on_progress(i + 1, len(plan))
+            if asked():
+                raise Stopped(f"stopped after video {i + 1} of {len(plan)}; the same command continues", asked())
+
+    # The questions.
+    for split, questions in rows.items():
+        write_whole(directory / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in questions))
+
+
 def make_world(
     directory: str | Path,  # where to write; made when missing
     config: WorldConfig = WorldConfig(),  # how much, and how hard
     *,
     on_progress: Callable[[int, int], None] | None = None,  # called with videos done and videos in all
+    on_wait: Callable[[str], None] | None = None,  # called with the owner of the directory, to wait; None: do not wait
 ) -> Path:  # the directory
     "Writes videos and JSONL files; the same config always gives the same world, and an interrupted call continues."
     directory, settings = Path(directory), asdict(config)
-    marker = directory / "world.json"
-    if marker.exists():
-        if json.loads(marker.read_text()) == settings:
-            return directory
-        raise ValueError(f"{directory} holds a world made with another config; name another directory or remove it")
-
-    # The videos. All of them are drawn again, and the missing ones are written.
-    (directory / "videos").mkdir(parents=True, exist_ok=True)
-    rows, plan = {split: [] for split in WORLD_SPLITS}, _video_plan(config)
-    for i, (name, environment, unbroken) in enumerate(plan):
-        rng = np.random.default_rng([config.seed, i])
-        story, colour, place = draw_story(rng, n_steps=config.n_steps, contrast=(config.min_contrast, 1.0),
-                                          unbroken=unbroken)
-        frames = render(story, ENVIRONMENTS[environment], rng)
-        if not (path := directory / "videos" / f"{name}.mp4").exists():
-            write_video(path, frames)
-        for split, questions in _rows_of(name, story, colour, place, unbroken, config, rng).items():
-            rows[split] += questions
-        if on_progress:
-            on_progress(i + 1, len(plan))
-
-    # The questions, and last of all the sign that the world is whole.
-    for split, questions in rows.items():
-        (directory / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
-    marker.write_text(json.dumps(settings))
+    if _is_whole(directory, settings) and not (directory / LOCK_NAME).exists():
+        return directory
+    with directory_lock(directory, wait=on_wait is not None, on_wait=on_wait):
+        if not _is_whole(directory, settings):
+            write_whole(directory / _BEGUN, json.dumps(settings))
+            _write_world(directory, config, on_progress or (lambda *_: None))
+            os.replace(directory / _BEGUN, directory / "world.json")
     return directory
 
 # %% ../../nbs/toy/01_world.ipynb #9fad8c1c

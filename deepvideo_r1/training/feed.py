@@ -7,14 +7,14 @@ __all__ = ['step_indices', 'Question', 'Seen', 'ClipFeed', 'gather_rewards']
 
 # %% ../../nbs/training/00_feed.ipynb #b50ef4cc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
 
-from ..core import Clip, Rollout, Sample, make_generator
+from ..core import Clip, Prompt, QuestionError, Rollout, Sample, make_generator
 from ..data.video import VideoError
 from ..support.interrupts import TrainingError
 
@@ -37,10 +37,11 @@ def step_indices(
 
 # %% ../../nbs/training/00_feed.ipynb #173762ae
 class Question(NamedTuple):
-    "A question of a step, with its clips."
+    "A question of a step, with its clips and its prompt."
     place: int  # position in the whole batch of all processes
-    sample: Sample  # the question and its answer
+    sample: Sample  # the question and its answer; the second draw of a question in a step has an id that ends in #2
     visuals: list[tuple[str, Clip]]  # modality ("video" or "image") and decoded clip of each visual
+    prompt: Prompt  # the question as the policy reads it
 
 
 @dataclass
@@ -48,10 +49,16 @@ class Seen:
     "What a run has met so far; it survives a restart."
     indices: set[int] = field(default_factory=set)  # samples that a step has taken, on any process
     bad: dict[int, str] = field(default_factory=dict)  # sample -> why its clips cannot be read
+    unaskable: dict[int, str] = field(default_factory=dict)  # sample -> why it cannot be asked; its clips are fine
+
+    def causes(self) -> list[str]:
+        "Why questions were left out, one line for each."
+        return [*self.bad.values(), *self.unaskable.values()]
 
     def state_dict(self) -> dict[str, Any]:
         "What was seen, as plain numbers and strings that JSON keeps exactly."
-        return {"seen": sorted(self.indices), "bad_clips": {str(index): cause for index, cause in self.bad.items()}}
+        as_json = lambda causes: {str(index): cause for index, cause in causes.items()}
+        return {"seen": sorted(self.indices), "bad_clips": as_json(self.bad), "unaskable": as_json(self.unaskable)}
 
     def load_state_dict(
         self,
@@ -59,20 +66,22 @@ class Seen:
     ) -> None:
         "Restores what was seen."
         self.indices = set(state["seen"])
-        self.bad = {int(index): cause for index, cause in state["bad_clips"].items()}
+        from_json = lambda causes: {int(index): cause for index, cause in causes.items()}
+        self.bad, self.unaskable = from_json(state["bad_clips"]), from_json(state.get("unaskable", {}))
 
 # %% ../../nbs/training/00_feed.ipynb #dea50840
 class ClipFeed:
-    "The questions of each step, with their clips; decoded clips stay in memory for a while."
+    "The questions of each step, with clips and prompts; decoded clips stay in memory for a while."
 
     def __init__(
         self,
         samples: Sequence[Sample],  # the data set
         load: Callable[[Sample], list[tuple[str, Clip]]],  # reads the visuals of a sample; raises `VideoError`
+        ask: Callable[[Sample, list[tuple[str, Clip]]], Prompt],  # makes the prompt; raises `QuestionError`
         *,
         prompts_per_step: int,  # prompts per step (B), over all processes
         seed: int = 0,  # seed of the order
-        max_bad_share: float = 0.05,  # largest share of unreadable clips among the samples seen
+        max_bad_share: float = 0.05,  # largest share of questions left out among the samples seen
         rank: int = 0,  # number of this process, from 0
         n_processes: int = 1,  # number of processes that share a step
         kept: int = 64,  # number of samples whose clips stay in memory
@@ -80,7 +89,7 @@ class ClipFeed:
         if prompts_per_step % n_processes:
             raise ValueError(f"train.prompts_per_step ({prompts_per_step}) must be a multiple of the {n_processes} "
                              "processes")
-        self.samples, self.prompts_per_step, self.seed = samples, prompts_per_step, seed
+        self.samples, self.ask, self.prompts_per_step, self.seed = samples, ask, prompts_per_step, seed
         self.max_bad_share, self.rank, self.n_processes = max_bad_share, rank, n_processes
         self.visuals = lru_cache(kept)(lambda index: load(samples[index]))
         self.seen = Seen()
@@ -89,27 +98,39 @@ class ClipFeed:
         self,
         step: int,  # training step, from 0
     ) -> list[Question]:
-        "This process's readable questions of a step; raises `TrainingError` when too many clips were bad."
+        "This process's questions of a step that can be asked; raises `TrainingError` when too many cannot."
         indices = step_indices(len(self.samples), step, self.prompts_per_step, self.seed)
+        draws = [indices[:place].count(index) + 1 for place, index in enumerate(indices)]
 
         # Read this process's share: every n-th place of the batch.
-        questions, bad = [], {}
+        questions, bad, unaskable = [], {}, {}
         for place in range(self.rank, len(indices), self.n_processes):
-            index = indices[place]
+            index, sample = indices[place], self.samples[indices[place]]
+            if draws[place] > 1:
+                sample = replace(sample, id=f"{sample.id}#{draws[place]}")
             try:
-                questions.append(Question(place, self.samples[index], self.visuals(index)))
+                visuals = self.visuals(index)
+                questions.append(Question(place, sample, visuals, self.ask(sample, visuals)))
             except VideoError as error:
                 bad[index] = str(error)
+            except QuestionError as error:
+                unaskable[index] = str(error)
 
-        # Tell the other processes, and stop all of them together when too many clips are bad.
-        for bad_of_process in gather_object([bad]):
+        # Tell the other processes, and stop all of them together when too much is left out.
+        for bad_of_process, unaskable_of_process in gather_object([(bad, unaskable)]):
             self.seen.bad |= bad_of_process
+            self.seen.unaskable |= unaskable_of_process
         self.seen.indices |= set(indices)
-        n_bad, n_seen = len(self.seen.bad), len(self.seen.indices)
-        if n_bad / n_seen > self.max_bad_share and n_seen >= min(20, len(self.samples)):
-            raise TrainingError(f"step {step}: {n_bad} of {n_seen} clips cannot be read, more than "
-                                f"{self.max_bad_share:.0%}; the first is {next(iter(self.seen.bad.values()))}")
+        self._check_share(step)
         return questions
+
+    def _check_share(self, step: int) -> None:
+        "Raises `TrainingError` when too many of the questions seen could not be asked."
+        causes, n_seen = self.seen.causes(), len(self.seen.indices)
+        if len(causes) / n_seen > self.max_bad_share and n_seen >= min(20, len(self.samples)):
+            trouble = "questions cannot be asked" if self.seen.unaskable else "clips cannot be read"
+            raise TrainingError(f"step {step}: {len(causes)} of {n_seen} {trouble}, more than "
+                                f"{self.max_bad_share:.0%}; the first is {causes[0]}")
 
 # %% ../../nbs/training/00_feed.ipynb #83b66dfa
 def gather_rewards(

@@ -17,7 +17,7 @@ CHANGE_NAMES = ("noise", "mask", "hint", "redraw", "no_trace")
 
 
 def group_sums(
-    original: Sequence[Rollout],  # first groups of this process, one for each prompt
+    original: Sequence[Rollout],  # original groups of this process, one for each prompt
     final: Sequence[Rollout],  # the group that each prompt ends with; further groups after them are not counted
     n_sampled: int,  # responses sampled in this step, second groups and traces included
 ) -> dict[str, float]:  # sums over the groups of this process
@@ -77,6 +77,8 @@ STEP_METRICS: Glossary = {
     "responses": Meaning("responses sampled since the run began, with second groups and traces", "responses", _SUM),
     "seconds": Meaning("wall-clock time of the step", "s"),
     "bad_clips": Meaning("questions whose clips could not be read since the run began", "questions", _SUM),
+    "unaskable": Meaning("questions that could not be asked since the run began: too long, or with a special token",
+                         "questions", "sum over processes"),
     "reward_mean": Meaning("total reward before any augmentation", "reward", _ORIGINAL),
     "reward_final": Meaning("total reward of the groups that are trained on", "reward", _FINAL),
     "reward_format": Meaning("format reward (Eq. 19), before weighting", "share", _ORIGINAL),
