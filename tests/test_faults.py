@@ -191,8 +191,13 @@ def asking(trained_model, tiny_world, tmp_path):
 @pytest.fixture
 def asked(monkeypatch) -> list[str]:
     "The ids of the questions that a prompt was built for."
-    build, ids = evaluate_module.build_prompt, []
-    monkeypatch.setattr(evaluate_module, "build_prompt", lambda sample, *a, **k: ids.append(sample.id) or build(sample, *a, **k))
+    build, ids = evaluate_module.prompt_for, []
+
+    def noted(policy, processor, sample, *visuals, **settings):
+        ids.append(sample.id)
+        return build(policy, processor, sample, *visuals, **settings)
+
+    monkeypatch.setattr(evaluate_module, "prompt_for", noted)
     return ids
 
 
