@@ -257,17 +257,16 @@ def _newest_for_all(trainer: Trainer, before: Path | None) -> Path | None:
 
 def _load_from(trainer: Trainer, checkpoint: Path) -> str | None:
     "Replaces the trainer's state; returns what a process could not read, if any."
+    trouble, n_now = None, trainer.accelerator.num_processes
     try:
         state = read_json_file(checkpoint / "trainer.json")
-        n_before, n_now = state["processes"], trainer.accelerator.num_processes
+        n_before = state["processes"]
         if n_before == n_now:
             trainer.accelerator.load_state(str(checkpoint))
             trainer.state.load_state_dict(state)
-        trouble = None
     except Exception as error:  # whatever a loader says about a damaged file
-        n_before = n_now = 0
         trouble = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    if n_before != n_now:
+    if trouble is None and n_before != n_now:
         raise ValueError(f"{checkpoint} was saved by {n_before} processes, this run has {n_now}; start that many")
     return next(filter(None, gather_object([trouble])), None)
 

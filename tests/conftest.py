@@ -68,3 +68,18 @@ def trained_model(tiny_model, tiny_world, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("model") / "trained"
     save_policy(policy, processor, directory)
     return directory
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[str]:
+    "The ids of the questions that an evaluation built a prompt for."
+    import deepvideo_r1.evaluation.evaluate as evaluate_module
+
+    build, ids = evaluate_module.prompt_for, []
+
+    def noted(policy, processor, sample, *visuals, **settings):
+        ids.append(sample.id)
+        return build(policy, processor, sample, *visuals, **settings)
+
+    monkeypatch.setattr(evaluate_module, "prompt_for", noted)
+    return ids

@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_cli import Commands
+from test_cli import cli  # noqa: F401, a fixture
 
-import deepvideo_r1.evaluation.evaluate as evaluate_module
 from deepvideo_r1.cli import main
 from deepvideo_r1.config import PromptConfig
 from deepvideo_r1.data.datasets import load_samples
@@ -188,19 +187,6 @@ def asking(trained_model, tiny_world, tmp_path):
     return command, tmp_path, edit
 
 
-@pytest.fixture
-def asked(monkeypatch) -> list[str]:
-    "The ids of the questions that a prompt was built for."
-    build, ids = evaluate_module.prompt_for, []
-
-    def noted(policy, processor, sample, *visuals, **settings):
-        ids.append(sample.id)
-        return build(policy, processor, sample, *visuals, **settings)
-
-    monkeypatch.setattr(evaluate_module, "prompt_for", noted)
-    return ids
-
-
 def other_weights(folder: Path, edit) -> None:
     weights = load_file(folder / "model/model.safetensors")
     name = next(name for name in sorted(weights) if "layers.0" in name)
@@ -353,14 +339,6 @@ def test_a_second_run_in_a_directory_is_told_who_works_there(asking, capsys):
 
 
 # --- signals ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def cli(tmp_path_factory):
-    commands = Commands(tmp_path_factory.mktemp("commands"))
-    yield commands
-    commands.server.stdin.close()
-    commands.server.wait(10)
 
 
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}

@@ -19,7 +19,6 @@ import torch
 from test_datasets import GLUE, LONGVIDEOBENCH, NEXTGQA, SEED_VALIDATION, VIDEO_R1, VIDEO_R1_EVAL, write, write_nextgqa
 from test_video import hang
 
-import deepvideo_r1.evaluation.evaluate as evaluate_module
 from deepvideo_r1.support.files import read_jsonl
 from deepvideo_r1.cli import main
 from deepvideo_r1.config import PromptConfig
@@ -428,19 +427,6 @@ def asking(trained_model, tiny_world):
                         accelerator=accelerator, **more)
 
     return ask, samples, ask(None)
-
-
-@pytest.fixture
-def asked(monkeypatch) -> list[str]:
-    "The ids of the questions that a prompt was built for."
-    build, ids = evaluate_module.prompt_for, []
-
-    def noted(policy, processor, sample, *visuals, **settings):
-        ids.append(sample.id)
-        return build(policy, processor, sample, *visuals, **settings)
-
-    monkeypatch.setattr(evaluate_module, "prompt_for", noted)
-    return ids
 
 
 def ask_together(ask, path: Path, count: int, dies: int | None = None) -> list:
