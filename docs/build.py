@@ -22,6 +22,8 @@ NBS = ROOT / "nbs"
 CALLOUT = re.compile(r"^:::+ *\{\.callout-(\w+)[^}]*\}\s*?\n+(?:#+ +(.+?) *\n)?(.*?)^:::+ *$", re.M | re.S)
 # The target of [text](target); code and formulas are matched first, so that links are not seen inside them.
 LINK = re.compile(r"(?P<literal>^```.*?^```|`[^`\n]+`|\$\$.*?\$\$|\$[^$\n]+\$)|(?<=\]\()[^)\s]+", re.M | re.S)
+ALT = re.compile(r"^#\| *fig-alt: *(.+?) *$", re.M)
+HEADING = re.compile(r"^#{2,} +(.+?) *$", re.M)
 EXPORT = re.compile(r"^#\| *exporti?\b", re.M)
 WINGS = {"data": "Data", "model": "Model", "training": "Training", "evaluation": "Evaluation", "toy": "Toy study",
          "explore": "Explore", "support": "Support"}  # folder of `nbs/` -> its heading in the contents
@@ -52,7 +54,11 @@ def page_name(path: Path) -> str:
 
 
 def read_page(path: Path, nb=None) -> tuple[str, str, list[dict]]:
-    "Title, subtitle and cells of a notebook, with nbdev's directives applied; cells have kind, source, tags, outputs."
+    """Title, subtitle and cells of a notebook, with nbdev's directives applied.
+
+    Cells have kind, source, tags, outputs, and alt: what a figure shows, in words, from `#| fig-alt: ...` in the cell that draws
+    it, else the heading above it.
+    """
     nb = nb or read_nb(path)
     # nbdev takes the title's whole cell as front matter: text below title and subtitle would be lost.
     lines = nb.cells[0].source.splitlines()
@@ -65,19 +71,21 @@ def read_page(path: Path, nb=None) -> tuple[str, str, list[dict]]:
     states = nb.metadata.get("widgets", {}).get(STATE, {}).get("state", {})
     PageFilter()(nb)
 
-    cells, below_section = [], False
+    cells, below_section, topic = [], False, nb.frontmatter_["title"]
     for cell in nb.cells:
         if cell.cell_type == "raw" or not cell.source.strip():
             continue
         if cell.cell_type == "code" and "exports" in cell.directives_:
             heading = "###" if below_section else "##"
             cells += [dict(kind="markdown", source=f"{heading} `{name}`") for name in _def_names(cell, set())]
-        cells.append(_cell(cell, states))
+        if cell.cell_type == "markdown":
+            topic = [topic, *HEADING.findall(cell.source)][-1]
+        cells.append(_cell(cell, states, topic))
         below_section = below_section or bool(re.search("^## ", cell.source, re.M) and cell.cell_type == "markdown")
     return nb.frontmatter_["title"], nb.frontmatter_.get("description", ""), cells
 
 
-def _cell(cell, states) -> dict:
+def _cell(cell, states, topic: str) -> dict:
     if cell.cell_type == "markdown":
         return dict(kind="markdown", source=NbdevLookup().linkify(cell.source))
     options = {f"{key} {' '.join(values)}".lower() for key, values in cell.directives_.items()}
@@ -91,7 +99,8 @@ def _cell(cell, states) -> dict:
         source = re.sub(r"^---\n+(?:\[source\].*\n+)?(#+) (.+)", r"\1 `\2`", source)  # the head of `show_doc`
         return dict(kind="markdown", source=source)
     source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip("\n")
-    return dict(kind="code", source=source, tags=tags, outputs=outputs)
+    alt = [*ALT.findall(cell.source), re.sub("[`*$]", "", topic)][0]
+    return dict(kind="code", source=source, tags=tags, outputs=outputs, alt=alt)
 
 
 def resolve(target: str, page: Path) -> tuple[Path, str] | None:
@@ -165,7 +174,8 @@ def write_page(path: Path, out: Path) -> None:
             source = to_myst(cell["source"], path, out)
             written.append(dict(id=cell_id, cell_type="markdown", metadata={}, source=source))
         else:
-            written.append(dict(id=cell_id, cell_type="code", metadata=dict(tags=cell["tags"]), source=cell["source"],
+            shown = dict(tags=cell["tags"], mystnb=dict(image=dict(alt=cell["alt"])))
+            written.append(dict(id=cell_id, cell_type="code", metadata=shown, source=cell["source"],
                                 outputs=cell["outputs"], execution_count=None))
     metadata = dict(kernelspec=dict(name="python3", display_name="python3", language="python"),
                     language_info=dict(name="python", pygments_lexer="ipython3"))

@@ -37,13 +37,14 @@ def _markdown(source: str) -> str:
     return LINK.sub(lambda match: match["literal"] or _link(match[0]), CALLOUT.sub(_alert, source))
 
 
-def _output(output: dict, pictures: dict[str, bytes]) -> str:
-    "One output as Markdown; a picture is added to `pictures`."
+def _output(output: dict, alt: str, pictures: dict[str, bytes]) -> str:
+    "One output as Markdown; a picture, whose words are `alt`, is added to `pictures`."
     data = output.get("data", {})
     if "image/png" in data:
         name = f"index_{len(pictures)}.png"
         pictures[name] = b64decode("".join(data["image/png"]))
-        return f"![Figure](docs/images/{name})"
+        words = re.sub(r"([][])", r"\\\1", alt)
+        return f"![{words}](docs/images/{name})"
     if "text/markdown" in data:
         return _markdown("".join(data["text/markdown"]))
     text = "".join(output.get("text") or data["text/plain"])
@@ -62,7 +63,7 @@ def readme(nb) -> tuple[str, dict[str, bytes]]:
             continue
         if "remove-input" not in cell["tags"]:
             parts.append(f"```python\n{cell['source']}\n```")
-        parts += [_output(output, pictures) for output in cell["outputs"]]
+        parts += [_output(output, cell["alt"], pictures) for output in cell["outputs"]]
     return "\n\n".join(part.strip() for part in parts) + "\n", pictures
 
 

@@ -3,8 +3,12 @@ import random
 
 import pytest
 
+from deepvideo_r1.config import PromptConfig
+from deepvideo_r1.core import Sample
+from deepvideo_r1.evaluation import evaluate as evaluation
 from deepvideo_r1.evaluation.evaluate import accuracy, ious, paired_gain, recall_at, summarise
 from deepvideo_r1.evaluation.intervals import mean_interval
+from deepvideo_r1.support.identity import question_hashes
 
 
 def row(name, group="L1", **parts):
@@ -50,3 +54,30 @@ def test_a_paired_gain_is_narrower_than_two_separate_intervals():
     gain, low, high = paired_gain(after, before)
     width = sum(high - low for _, low, high in (mean_interval(accuracy(rows)) for rows in (before, after)))
     assert 0 < low < gain < high and high - low < width / 2
+
+
+def test_hashes_of_questions_are_those_of_files_written_before(tmp_path, monkeypatch):
+    clip, image, frames = tmp_path / "clip.mp4", tmp_path / "one.png", tmp_path / "frames"
+    clip.write_bytes(bytes(range(256)) * 1000)
+    image.write_bytes(b"one")
+    frames.mkdir()
+    (frames / "0.png").write_bytes(b"12345")
+    samples = [
+        Sample(id="a", video=str(clip), question="Was ist das \u2013 ? \ud83d", options=("ein Ei", "zwei"), answer="B",
+               kind="choice", meta={"dataset": "x", "n": 1.5}),
+        Sample(id="b", images=(str(image), str(tmp_path / "gone.png")), question="how many ?", answer="1", kind="number"),
+        Sample(id="c", video=str(frames), question="when ?", kind="grounding", spans=((1.0, 2.5),)),
+        Sample(id="d", question="why ?", answer="so")]
+
+    # What identity.json holds.
+    assert question_hashes(samples) == {
+        "a": "20ad6e37bc3cf045ad9adda5f67452f0", "b": "614e93679381debf083d08b07de7390c",
+        "c": "9914adb62ded6974f91f9f011c198553", "d": "1c09dccfe4126de3b42e637e4531449a"}
+
+    # What rows of an evaluation hold.
+    monkeypatch.setattr(evaluation, "_model_hash", lambda *parts: "the model")
+    settings = evaluation._AnswerSettings(PromptConfig("plain"))
+    identities = evaluation._identities(None, None, samples, settings)
+    assert {name: identity["question"] for name, identity in identities.items()} == {
+        "a": "17a15d122012930e847650a351ebd5e0", "b": "098c42f479a05cb2269a8c9f99ac06a0",
+        "c": "e6da8e1ff8dc480b1721eeb6d2d95d4c", "d": "7c903e5781c3a3387628e172ee87c9c5"}

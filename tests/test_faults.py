@@ -97,11 +97,15 @@ def test_an_undamaged_checkpoint_gives_no_warning_and_older_manifests_count(tmp_
         assert newest_checkpoint(tmp_path).name == "step-000003"
 
 
+def small_toy(tmp_path):
+    return ToyConfig(world=WorldConfig(sft_videos=2, rl_videos=1, eval_videos=1),
+                     cold_start=ColdStartConfig(2, 2, 3, 2, hidden_size=48, n_layers=1),
+                     prompt=PromptConfig("plain", max_pixels=28 * 28, cache_dir=str(tmp_path / "clips")))
+
+
 def test_a_damaged_cold_start_begins_again_and_gives_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(cold_start_module, "SAVE_EVERY", 2)
-    config = ToyConfig(world=WorldConfig(sft_videos=2, rl_videos=1, eval_videos=1),
-                       cold_start=ColdStartConfig(2, 2, 3, 2, hidden_size=48, n_layers=1),
-                       prompt=PromptConfig("plain", max_pixels=28 * 28, cache_dir=str(tmp_path / "clips")))
+    config = small_toy(tmp_path)
 
     def stop(name, done, total):
         if name == "cold start" and done == 3:
@@ -117,6 +121,29 @@ def test_a_damaged_cold_start_begins_again_and_gives_the_same(tmp_path, monkeypa
     assert again[2]["loss"] == whole[2]["loss"]
     assert (again[1] / "model.safetensors").read_bytes() == (whole[1] / "model.safetensors").read_bytes()
     assert not list((tmp_path / "parts").rglob("step-*"))
+
+
+def test_a_cold_start_that_was_damaged_in_the_cache_is_named_and_made_again(tmp_path):
+    def make():
+        return cold_start_module.cold_start(small_toy(tmp_path), tmp_path)
+
+    torch.set_num_threads(1)
+    _, model, _ = make()
+    whole = {path.name: path.read_bytes() for path in model.iterdir()}
+    for name, damage, words in (("model.safetensors", flip, "another checksum"), ("tokenizer.json", Path.unlink, "is missing"),
+                                ("MANIFEST.json", lambda path: path.write_text("{"), "MANIFEST.json cannot be read")):
+        damage(model / name, *[random.Random(0)] * (damage is flip))
+        with pytest.warns(UserWarning, match=rf"{model.parent}: the cold start is damaged \({'' if 'MANI' in words else name}.*{words}"):
+            assert make()[2]["reused"] is False
+        assert {path.name: path.read_bytes() for path in model.iterdir()} == whole
+        with warnings.catch_warnings(action="error"):
+            assert make()[2]["reused"] is True
+    assert sorted(path.name for path in model.parent.iterdir()) == ["cold_start.json", "init", "model"]
+
+    # One of an older version has no checksums: it is used, and the user is told.
+    (model / "MANIFEST.json").unlink()
+    with pytest.warns(UserWarning, match="no checksums, as older versions wrote it; it is used as it is. Remove the folder"):
+        assert make()[2]["reused"] is True
 
 
 # --- damaged files ------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from deepvideo_r1.model.policy import load_policy
 from deepvideo_r1.model.prompt import load_processor
 from deepvideo_r1.reward import CheckedReward, RewardError, load_reward, score, total_reward, try_reward
 from deepvideo_r1.support.files import read_jsonl
+from deepvideo_r1.support.identity import check_identity, source_hash
 from deepvideo_r1.trainer import Trainer
 
 SAMPLE = Sample(id="q", question="what ?", answer="x")
@@ -130,6 +131,32 @@ def test_a_run_with_a_reward_of_your_own(settings, tmp_path):
     row, = read_jsonl(tmp_path / "out/metrics.jsonl")
     assert row["reward_length"] == pytest.approx(row["reward_mean"])
     assert json.loads((tmp_path / "out/config.json").read_text())["reward"]["function"].endswith(":score")
+
+
+def test_a_directory_knows_the_text_of_its_reward(tmp_path, monkeypatch):
+    def identity(name):
+        function = load_reward(RewardConfig(function=name)).function
+        return {"weights": "w", "tokenizer": "t", "questions": {"q": "1"}, "reward": source_hash(name, function)}
+
+    (tmp_path / "noted_rewards.py").write_text(GOOD)
+    (tmp_path / "offered.py").write_text("from noted_rewards import score\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    in_file, in_module, offered = f"{tmp_path / 'noted_rewards.py'}:score", "noted_rewards:score", "offered:score"
+    check_identity(tmp_path, identity(in_file))
+    check_identity(tmp_path, identity(in_module))  # the same text
+    check_identity(tmp_path / "elsewhere", identity(offered))
+
+    (tmp_path / "noted_rewards.py").write_text(GOOD.replace("/ 100", "/ 200"))
+    for directory, name in ((tmp_path, in_file), (tmp_path, in_module), (tmp_path / "elsewhere", offered)):
+        with pytest.raises(ValueError, match="another reward: the reward function is another. Put"):
+            check_identity(directory, identity(name))
+    with pytest.raises(ValueError, match="the weights are others; the reward function is another. Put"):
+        check_identity(tmp_path, {"weights": "v", "tokenizer": "t", "questions": {"q": "1"}})
+
+    # A directory of an older run, which did not note its reward.
+    (tmp_path / "identity.json").write_text('{"weights": "w", "tokenizer": "t", "questions": {"q": "1"}}')
+    check_identity(tmp_path, identity(in_file))
 
 
 def test_a_reward_that_breaks_in_the_middle_stops_the_run_and_says_where(settings, tmp_path):

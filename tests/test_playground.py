@@ -57,6 +57,24 @@ def test_hints(run_js):  # noqa: F811
     assert run_js("augment", [("placeHint", *case) for case in cases]) == [place_hint(*case) for case in cases]
 
 
+SCRIPTS = {
+    "Chinese": ["一个男人在切洋葱。他转身！“他做完了吗？”是的。", "他切洋葱，然后洗手；最后（大概）离开", "第一步。第二步"],
+    "Japanese": ["男が玉ねぎを切る。「終わったか？」はい。おわり", "切る、洗う、食べる", "玉ねぎ｡手を洗う｡"],
+    "Hindi": ["एक आदमी प्याज काटता है। वह मुड़ता है॥ क्या वह समाप्त हुआ? हाँ।", "प्याज काटो।फिर धोओ।"],
+    "Arabic": ["رجل يقطع البصل. ثم يلتفت! هل انتهى؟ نعم۔ وداعا", "يقطع، ثم يغسل؛ ثم يذهب", "هل؟نعم"],
+    "others": ["ሰላም። ደህና፧ አዎ", "မင်္ဂလာပါ။ ဟုတ်ကဲ့", "One。\n。Two。 。Three", "。first。last。", "a.b。c.）d」 e", "（全。）部。》end",
+               "\u3000ideographic\u3000space\x85next\ufeffline\u2028x\x1f", "\x1c.。.! ?x…。y"],
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_hints_of_every_script(run_js, script):  # noqa: F811
+    cases = [(trace, k / 20) for trace in SCRIPTS[script] for k in range(21)]
+    hints = [make_hint(*case) for case in cases]
+    assert run_js("augment", [("makeHint", *case) for case in cases]) == hints
+    assert all(len(set(hints[21 * i : 21 * i + 21])) > 1 for i in range(len(SCRIPTS[script])))  # each can be cut
+
+
 def test_accuracy_and_vanishing(run_js):  # noqa: F811
     cases = [(d / 10, mean) for d in range(-12, 13) for mean in (0.8, 1.0, 1.35, 2.0)]
     found = run_js("augment", [("inferAccuracy", *case) for case in cases])

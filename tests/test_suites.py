@@ -635,6 +635,22 @@ def test_data_check(tiny_world, tmp_path, capsys):
     assert code == 0 and json.loads((tmp_path / "third/check.json").read_text())["opened"] == -(-report["files"] // 3)
 
 
+def test_data_check_with_a_model_reads_the_rows_once(tiny_world, tiny_model, tmp_path, capsys, monkeypatch):
+    rows = [json.loads(line) | {"video": str(tiny_world / json.loads(line)["video"])}
+            for line in (tiny_world / "rl.jsonl").read_text().splitlines()[:4]]
+    rows[1] |= {"answer": "many"}
+    rows[2] |= {"question": "how many points ? " * 3000}
+    path, calls = write(tmp_path / "rows.jsonl", rows), []
+    monkeypatch.setattr("deepvideo_r1.data.check.load_samples", lambda *a, **k: pytest.fail("the rows were read again"))
+    monkeypatch.setattr("deepvideo_r1.data.datasets.load_samples",
+                        lambda *a, **k: calls.append(a) or load_samples(*a, **k))
+    code, stdout, _ = run(capsys, "data", "check", path, "--model", tiny_model, "--out", tmp_path / "out")
+    report = json.loads((tmp_path / "out/check.json").read_text())
+    assert code == 0 and len(calls) == 1
+    assert (report["rows"], report["left_out"], report["asked"], list(report["unaskable"])) == (3, 1, 3, [rows[2]["id"]])
+    assert f"questions: 3 tried with {tiny_model}, 1 cannot be asked" in stdout
+
+
 def test_data_check_of_files_that_take_too_long(tiny_world, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("deepvideo_r1.data.check.import_module", lambda name: SimpleNamespace(probe_video=hang))
     code, stdout, _ = run(capsys, "data", "check", tiny_world / "L1.jsonl", "--timeout", 0.5, "--out", tmp_path)

@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 
 from ..config import DataFormat
 from ..core import Clip, Sample
-from .datasets import load_samples
+from .datasets import Samples, load_samples
 from .guarded import read_video_safely
 from .rows import DataError
 from .video import VideoError, read_image, read_video
@@ -125,13 +125,15 @@ def check_dataset(
     format: DataFormat = "jsonl",  # format of the data set
     split: str | None = None,  # which file of a folder
     root: str | Path | None = None,  # folder that relative paths start from; None means the folder of the file
+    samples: Samples | None = None,  # the rows, where the caller has read them; None: they are read here
     every: int = 1,  # opens every k-th file
     timeout: float = 60.0,  # time limit for each file, in seconds
     on_progress: Callable[[int, int], None] | None = None,  # called with the numbers of files opened and to open
 ) -> dict[str, Any]:
     "Rows and files of a data set; raises `DataError` where not one row can be used."
-    with warnings.catch_warnings(action="ignore"):  # the report names every row that is left out
-        samples = load_samples(path, format=format, split=split, root=root, strict=False)
+    if samples is None:
+        with warnings.catch_warnings(action="ignore"):  # the report names every row that is left out
+            samples = load_samples(path, format=format, split=split, root=root, strict=False)
     files = open_files(samples, every=every, timeout=timeout, on_progress=on_progress)
     source = {"path": str(path), "format": format, "split": split, "every": every}
     return source | describe_rows(samples, samples.problems) | {"notes": samples.notes} | files

@@ -31,7 +31,7 @@ from ..model.policy import PolicyModel
 from ..model.prompt import Processor, question_text
 from ..model.rollout import rollout_groups
 from ..support.files import naming_disk_errors
-from ..support.identity import file_hashes, tokenizer_hash, value_hash, weights_hash
+from ..support.identity import question_hashes, tokenizer_hash, value_hash, weights_hash
 from ..support.interrupts import Stopped, stop_flag
 from ..support.locks import directory_lock
 
@@ -108,14 +108,10 @@ def _settings_hash(settings: _AnswerSettings) -> str:
 def _identities(policy: PolicyModel, processor: Processor, samples: Sequence[Sample],
                 settings: _AnswerSettings) -> dict[str, dict[str, str]]:
     "Id of each question -> hashes of the model, the question and the settings."
-    files = file_hashes(path for sample in samples for path in (sample.video, *sample.images) if path)
-
-    def question_hash(sample: Sample) -> str:
-        words = question_text(sample, template=settings.prompt.template)
-        return value_hash([words, files.get(str(sample.video)), [files[str(path)] for path in sample.images]])
-
+    words = partial(question_text, template=settings.prompt.template)
+    questions = question_hashes(samples, with_key=False, words=words)
     same = {"model": _model_hash(policy, processor), "settings": _settings_hash(settings)}
-    return {sample.id: same | {"question": question_hash(sample)} for sample in samples}
+    return {name: same | {"question": question} for name, question in questions.items()}
 
 # %% ../../nbs/evaluation/02_evaluate.ipynb #dd4f5183
 _REASONS = {"model": "another model gave the stored responses",

@@ -28,7 +28,7 @@ from ..model.batch import make_batch
 from ..model.policy import PolicyModel, load_policy, save_policy
 from ..model.prompt import Processor, build_prompt, load_processor
 from ..model.tiny import make_tiny_checkpoint
-from ..support.checkpoint import newest_checkpoint, publish_checkpoint
+from ..support.checkpoint import MANIFEST, damage_in, newest_checkpoint, publish_checkpoint
 from ..support.files import DamagedFileError, read_json_file, write_whole
 from ..support.interrupts import Stopped, stop_flag
 from ..support.locks import LOCK_NAME, directory_lock
@@ -252,11 +252,26 @@ def _make_cold_start(config: ToyConfig, world: Path, directory: Path, started: f
     started -= _load_run(run, directory / "checkpoints")
     loss = _run_schedule(run, directory / "checkpoints", started, report)
 
-    # The result; its JSON file is written last and says that it is whole.
-    save_policy(run.policy, processor, directory / "model")
+    # The result, with checksums; its JSON file is written last and says that it is whole.
+    aside = directory / ".model"
+    shutil.rmtree(aside, ignore_errors=True)
+    save_policy(run.policy, processor, aside)
+    publish_checkpoint(aside, directory / "model", keep=1)
     result = {"seconds": round(time.perf_counter() - started, 1), "loss": loss}
     write_whole(directory / "cold_start.json", json.dumps(result))
     return result
+
+
+def _problem_of(directory: Path) -> str | None:
+    "Why the cold start in a folder cannot be used, None for a whole one; warns of one that cannot be checked."
+    model = directory / "model"
+    if not (directory / "cold_start.json").exists():
+        return "there is none"
+    if model.is_dir() and not (model / MANIFEST).exists():
+        warnings.warn(f"{directory}: the cold start has no checksums, as older versions wrote it; it is used as it is. "
+                      "Remove the folder to make it again", stacklevel=3)
+        return None
+    return damage_in(model)
 
 
 def cold_start(
@@ -265,7 +280,10 @@ def cold_start(
     *,
     on_progress: Callable[[str, int, int], None] | None = None,  # called with the stage, steps done and steps in all
 ) -> tuple[Path, Path, dict]:  # world, checkpoint, {"seconds", "reused", "loss"}
-    "The world and the policy that all arms start from, made once for each config; raises `Stopped` on an interrupt."
+    """The world and the policy that all arms start from, made once for each config; raises `Stopped` on an interrupt.
+
+    A cold start whose files are not as they were written is named in a warning and made again.
+    """
     report = on_progress or (lambda *_: None)
     cache, started = Path(cache), time.perf_counter()
     world = make_world(cache / f"world-{config_hash(config.world)}", config.world, on_wait=_tell_waiting,
@@ -273,14 +291,16 @@ def cold_start(
     directory = cache / f"cold-{config_hash(config.world, config.cold_start, config.prompt)}"
 
     # What is there is used. Otherwise it is made, by one process at a time, which also clears away what a kill left.
-    is_made = lambda: (directory / "cold_start.json").exists()
-    reused = is_made()
-    if not reused or (directory / "checkpoints").exists() or (directory / LOCK_NAME).exists():
+    problem = _problem_of(directory)
+    if problem or (directory / "checkpoints").exists() or (directory / LOCK_NAME).exists():
         with directory_lock(directory, wait=True, on_wait=_tell_waiting):
-            reused = is_made()
-            if not reused:
+            problem = problem and _problem_of(directory)  # another process may have made it by now
+            if problem:
+                if (directory / "cold_start.json").exists():
+                    warnings.warn(f"{directory}: the cold start is damaged ({problem}); it is made again", stacklevel=2)
+                    (directory / "cold_start.json").unlink()
                 _make_cold_start(config, world, directory, started, report)
             shutil.rmtree(directory / "checkpoints", ignore_errors=True)
     advice = "remove its folder, and the same command makes the cold start again"
     result = read_json_file(directory / "cold_start.json", advice=advice)
-    return world, directory / "model", result | {"reused": reused}
+    return world, directory / "model", result | {"reused": not problem}

@@ -116,7 +116,7 @@ def plot_vanishing(
         ax.set_ylim(bottom=0)
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     _name_axes(panels[0], theme, "original groups", "step", "groups with equal rewards")
-    _name_axes(panels[1], theme, "trained groups", "step")
+    _name_axes(panels[1], theme, "final groups", "step")
     _legend(figure, theme, panels[0])
     return figure
 

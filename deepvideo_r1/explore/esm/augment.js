@@ -55,11 +55,20 @@ export function strengths(plan) {
   };
 }
 
+/** Where a trace is cut: between lines, sentences of every script, words. A group holds what stays before the cut. */
+const BOUNDARIES = [
+  /\n+/gu,
+  /\n+|(?<=[.!?])\p{White_Space}+|((?:(?![.!?])\p{Sentence_Terminal})+[\p{Pe}\p{Pf}]*)/gu,
+  /\p{White_Space}+|([\uFF0C\u3001\uFF1B\uFF1A\u060C\u061B])/gu,
+];
+const BLANK_ENDS = /^[\p{White_Space}\x1C-\x1F]+|[\p{White_Space}\x1C-\x1F]+$/gu;  // what Python's `strip` removes
+
 /** `make_hint`, and no hint where there is no trace. */
 export function makeHint(trace, fraction) {
-  const text = trace.trim();
-  for (const boundary of [/\n+/g, /(?<=[.!?])\s+/g, /\s+/g]) {
-    const cuts = [...text.matchAll(boundary)].map((found) => found.index);
+  const text = trace.replace(BLANK_ENDS, "");
+  for (const boundary of BOUNDARIES) {
+    const places = [...text.matchAll(boundary)].map(({ index, 1: kept = "" }) => index + kept.length);
+    const cuts = [...new Set(places)].filter((place) => place > 0 && place < text.length);
     const count = Math.min(roundHalfEven(fraction * (cuts.length + 1)), cuts.length);
     if (cuts.length) return count ? text.slice(0, cuts[count - 1]) : "";
   }
