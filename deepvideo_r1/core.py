@@ -87,6 +87,7 @@ class Rollout:
     visual_features: Tensor | None = None  # (n_visual_tokens, hidden) output of the frozen encoder, to be reused
     difficulty: float | None = None  # Eq. 9 for this prompt, known once the group has rewards
     augmentation: dict[str, Any] = field(default_factory=dict)  # what was changed: {"change": "noise", "sigma": 0.1}
+    finished: Tensor | None = None  # (G,) bool, False where a response was cut off at the longest length
 
 # %% ../nbs/00_core.ipynb #6a9e4cdd
 def make_generator(

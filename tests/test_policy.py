@@ -281,7 +281,7 @@ def test_the_head_gives_the_same_in_chunks(entropy):
 def test_the_logits_that_exist_together_are_bounded(monkeypatch, vocabulary, most, entropy):
     head, seen = LogpHead(1, vocabulary, bias=False), []
 
-    def record(self, rows, banned, temperature):
+    def record(self, rows, weight, banned, temperature):
         seen.append(len(rows))
         return torch.zeros(len(rows), 2)
 

@@ -197,22 +197,23 @@ class LogpHead(nn.Linear):
         score, scores = self._logps_and_entropy if entropy else self._logps, []
         for rows, ids in zip(hidden.split(chunk), targets.split(chunk)):
             if rows.requires_grad and len(hidden) > chunk:
-                scores.append(checkpoint(score, rows, ids, banned, temperature, use_reentrant=False))
+                scores.append(checkpoint(score, rows, ids, self.weight, banned, temperature, use_reentrant=False))
             else:
-                scores.append(score(rows, ids, banned, temperature))
+                scores.append(score(rows, ids, self.weight, banned, temperature))
         return tuple(map(torch.cat, zip(*scores))) if entropy else torch.cat(scores)
 
-    def _scaled_logits(self, hidden: Tensor, banned: Tensor | None, temperature: float) -> Tensor:
-        logits = F.linear(hidden, self.weight, self.bias).float() / temperature
+    def _scaled_logits(self, hidden: Tensor, weight: Tensor, banned: Tensor | None, temperature: float) -> Tensor:
+        logits = F.linear(hidden, weight, self.bias).float() / temperature
         return logits if banned is None else logits.index_fill(-1, banned, float("-inf"))
 
-    def _logps(self, hidden: Tensor, targets: Tensor, banned: Tensor | None, temperature: float) -> Tensor:
-        logits = self._scaled_logits(hidden, banned, temperature)
+    def _logps(self, hidden: Tensor, targets: Tensor, weight: Tensor, banned: Tensor | None,
+               temperature: float) -> Tensor:
+        logits = self._scaled_logits(hidden, weight, banned, temperature)
         return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
-    def _logps_and_entropy(self, hidden: Tensor, targets: Tensor, banned: Tensor | None,
+    def _logps_and_entropy(self, hidden: Tensor, targets: Tensor, weight: Tensor, banned: Tensor | None,
                            temperature: float) -> tuple[Tensor, Tensor]:
-        logits = self._scaled_logits(hidden, banned, temperature)
+        logits = self._scaled_logits(hidden, weight, banned, temperature)
         logps = logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
         with torch.no_grad():  # last: the recomputation of a chunk in the backward pass stops before it
             return logps, torch.special.entr(logits.softmax(-1)).sum(-1)

@@ -9,9 +9,10 @@ __all__ = ['PolicyModel', 'load_policy', 'rollout_batch', 'group_logps', 'save_p
 import contextlib
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -45,6 +46,7 @@ class PolicyModel(nn.Module):
         super().__init__()
         self.hf, self.pad_ids, self.temperature = hf, tuple(pad_ids), temperature
         self.train_vision, self.attention = train_vision, attention
+        self.dtype = self.get_input_embeddings().weight.dtype  # type of computation, whatever the weights are held in
 
         # what the checkpoint's config says
         config = self.base.config
@@ -78,6 +80,10 @@ class PolicyModel(nn.Module):
         "The head; accelerate asks for it when it shards."
         return self.base.get_output_embeddings()
 
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        "Calls a function that uses the modules of this policy; a sharded policy gets ready for it."
+        return function(*args, **kwargs)
+
     def positions(self, prompt: Prompt) -> tuple[Tensor, int]:
         "`mrope_positions` of a prompt, with the settings of this model."
         return mrope_positions(prompt.prompt_ids, prompt.grid_thw, prompt.modalities, prompt.seconds_per_grid,
@@ -88,7 +94,7 @@ class PolicyModel(nn.Module):
         "Features (n_visual_tokens, hidden) of all visuals; without gradients when the encoder is frozen."
         with contextlib.nullcontext() if self.train_vision else torch.no_grad():
             visual = self.base.model.visual
-            return visual(patches.to(visual.dtype), grid_thw=grid_thw).pooler_output
+            return visual(patches.to(self.dtype), grid_thw=grid_thw).pooler_output
 
     def embed_prompts(self, batch: PolicyBatch) -> Tensor:
         "Embeddings (B, P, hidden) of the prompts, with visual features instead of placeholders."
@@ -261,18 +267,24 @@ def group_logps(
     return tuple(values.flatten(0, 1) for values in scores) if entropy else scores.flatten(0, 1)
 
 # %% ../../nbs/model/10_policy.ipynb #75e11532
+def _in_dtype(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    "Weights in another number type; names that shared a tensor share one again."
+    casts = {weight.data_ptr(): weight.detach().to(dtype) for weight in weights.values() if weight.is_floating_point()}
+    return {name: casts.get(weight.data_ptr(), weight) for name, weight in weights.items()}
+
+
 def save_policy(
     policy: PolicyModel,  # the policy to save
     processor: Processor,  # its processor, saved beside it
     directory: str | Path,  # where the files go; made when missing
     state_dict: dict[str, Tensor] | None = None,  # gathered weights of the module, when it is sharded
 ) -> None:
-    "Write the checkpoint (or its adapters) with tokenizer and preprocessor settings."
+    "Writes the checkpoint in the policy's type, or its adapters as they are, with tokenizer and image settings."
     weights = None if state_dict is None else {k.removeprefix("hf."): v for k, v in state_dict.items()}
     if isinstance(policy.hf, PeftModel):
         save_adapters(policy.hf, directory, weights)
     else:
-        policy.hf.save_pretrained(directory, state_dict=weights)
+        policy.hf.save_pretrained(directory, state_dict=_in_dtype(weights or policy.hf.state_dict(), policy.dtype))
     processor.tokenizer.save_pretrained(directory)
     settings = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor",
                 **{name: getattr(processor, name) for name in ("patch_size", "temporal_patch_size", "merge_size",

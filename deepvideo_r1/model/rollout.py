@@ -191,7 +191,8 @@ def rollout_groups(
             width = int(sampled.mask[b].sum(-1).max())
             ids, mask, logps = (x[b, :, :width] for x in (sampled.ids, sampled.mask, sampled.logps))
             texts = tuple(prompt.prefix + processor.decode(row[real].tolist()) for row, real in zip(ids, mask))
-            rollouts.append(Rollout(sample, prompt, ids, mask, sampled_logps=logps, texts=texts,
+            finished = (torch.isin(ids, torch.tensor(stop_ids)) & mask).any(-1)
+            rollouts.append(Rollout(sample, prompt, ids, mask, sampled_logps=logps, texts=texts, finished=finished,
                                     visual_features=sampled.visual_features[b]))
     return rollouts
 

@@ -118,7 +118,9 @@ def disk_error_advice(
 ) -> str | None:
     "What to do about a full disk or a place that cannot be written, in one line; None for any other error."
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{directory}: no space left on the device; free some and run the same command again, it continues"
+        is_usual = error.strerror in (None, os.strerror(error.errno))
+        figures = "" if is_usual else f": {error.strerror}"
+        return f"{directory}: no space left on the device{figures}; free some and run the same command again, it continues"
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
         return f"{directory}: cannot be written ({os.strerror(error.errno)}); name another directory"
     return None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..model.adapters import active_adapters, keep_start
 from ..model.batch import PolicyBatch
 from ..model.policy import PolicyModel
+from ..model.sharding import shard_frozen
 
 # %% ../../nbs/training/01_reference.ipynb #245e3744
 class Reference:
@@ -35,7 +36,8 @@ class Reference:
         if needed and isinstance(policy.hf, PeftModel):
             self.adapters = keep_start(policy.hf)
         elif needed:
-            self.frozen = copy.deepcopy(policy).requires_grad_(False).eval().to(accelerator.device)
+            frozen = copy.deepcopy(policy).requires_grad_(False).eval()
+            self.frozen = shard_frozen(frozen, accelerator) if accelerator.is_fsdp2 else frozen.to(accelerator.device)
 
     @contextmanager
     def policy(

@@ -20,19 +20,25 @@ def group_sums(
     original: Sequence[Rollout],  # original groups of this process, one for each prompt
     final: Sequence[Rollout],  # the group that each prompt ends with; further groups after them are not counted
     n_sampled: int,  # responses sampled in this step, second groups and traces included
-) -> dict[str, float]:  # sums over the groups of this process
+    n_tokens: int = 0,  # tokens of these responses
+) -> dict[str, float]:  # sums over the groups of this process, and maxima
     "Sums that describe the groups of a step, before and after the augmentation."
     counted = ("reward_mean", "reward_final", "vanishing_original", "vanishing_final", "difficulty_abs",
-               "completion_length", *(f"{change}_groups" for change in CHANGE_NAMES), "noise_sigma", "hint_fraction",
+               "completion_length", "completion_length_max", "truncated", "entropy",
+               *(f"{change}_groups" for change in CHANGE_NAMES), "noise_sigma", "hint_fraction",
                "reward_format", "reward_accuracy", "reward_iou")
-    sums = {"groups": len(original), "responses": n_sampled, **dict.fromkeys(counted, 0.0)}
+    sums = {"groups": len(original), "responses": n_sampled, "tokens": n_tokens, **dict.fromkeys(counted, 0.0)}
     for before, after in zip(original, final):
         sums["reward_mean"] += float(before.rewards.mean())
         sums["reward_final"] += float(after.rewards.mean())
         sums["vanishing_original"] += float(is_vanishing(before.rewards[None]))
         sums["vanishing_final"] += float(is_vanishing(after.rewards[None]))
         sums["difficulty_abs"] += abs(before.difficulty)
-        sums["completion_length"] += float(before.completion_mask.sum(-1).float().mean())
+        lengths = before.completion_mask.sum(-1)
+        sums["completion_length"] += float(lengths.float().mean())
+        sums["completion_length_max"] = max(sums["completion_length_max"], int(lengths.max()))
+        sums["truncated"] += 0.0 if before.finished is None else float((~before.finished).float().mean())
+        sums["entropy"] -= float(before.sampled_logps[before.completion_mask].mean())  # its mean is the entropy
 
         # What the augmentation changed, if anything.
         if change := after.augmentation.get("change"):
@@ -52,8 +58,9 @@ def step_metrics(
     "Counts over all processes, and means over their groups."
     names = dict.fromkeys(name for process in sums for name in process)
     totals = {name: sum(process.get(name, 0.0) for process in sums) for name in names}
-    is_count = lambda name: name in ("groups", "responses") or name.endswith("_groups")
-    return {name: total if is_count(name) else total / max(1, totals["groups"]) for name, total in totals.items()}
+    is_count = lambda name: name in ("groups", "responses", "tokens") or name.endswith("_groups")
+    row = {name: total if is_count(name) else total / max(1, totals["groups"]) for name, total in totals.items()}
+    return row | {"completion_length_max": max(process.get("completion_length_max", 0) for process in sums)}
 
 
 def gap_metrics(
@@ -70,12 +77,22 @@ def gap_metrics(
 # %% ../../nbs/training/03_step_metrics.ipynb #17fe1cd2
 _ORIGINAL, _FINAL = "original groups of the step", "final groups of the step"
 _UPDATE, _TOKENS = "groups in the last inner update", "tokens in the update"
-_SUM = "sum over processes"
+_SUM, _PHASE = "sum over processes", "first process"
 STEP_METRICS: Glossary = {
     "step": Meaning("number of the training step, from 0"),
     "groups": Meaning("prompts that were asked", "groups", _SUM),
     "responses": Meaning("responses sampled since the run began, with second groups and traces", "responses", _SUM),
+    "learning_rate": Meaning("learning rate of the last inner update"),
     "seconds": Meaning("wall-clock time of the step", "s"),
+    "seconds_clips": Meaning("time spent on reading clips and making prompts", "s", _PHASE),
+    "seconds_sampling": Meaning("time spent on sampling and scoring the original groups", "s", _PHASE),
+    "seconds_augmentation": Meaning("time spent on the second groups and traces", "s", _PHASE),
+    "seconds_reference": Meaning("time spent on log-probabilities of the reference", "s", _PHASE),
+    "seconds_update": Meaning("time spent on forward and backward passes and the optimizer", "s", _PHASE),
+    "tokens_per_second": Meaning("sampled tokens per second of sampling and augmentation", "tokens/s",
+                                 "all processes"),
+    "peak_memory_gb": Meaning("largest memory so far: of the GPU, or of the process on a CPU", "10^9 bytes",
+                              "first process"),
     "bad_clips": Meaning("questions whose clips could not be read since the run began", "questions", _SUM),
     "unaskable": Meaning("questions that could not be asked since the run began: too long, or with a special token",
                          "questions", "sum over processes"),
@@ -90,6 +107,11 @@ STEP_METRICS: Glossary = {
     "vanishing_update": Meaning("share of groups with equal rewards, those of keep_first too", "share", _UPDATE),
     "difficulty_abs": Meaning("size of the difficulty (Eq. 9)", "reward", _ORIGINAL),
     "completion_length": Meaning("length of a response", "tokens", _ORIGINAL),
+    "completion_length_max": Meaning("length of the longest response", "tokens", _ORIGINAL),
+    "truncated": Meaning("share of responses that were cut off at rollout.max_tokens", "share", _ORIGINAL),
+    "entropy": Meaning("estimate of the entropy of the sampler's distribution: minus the mean log-probability of what "
+                       "it drew", "nats per token", _ORIGINAL),
+    "tokens": Meaning("tokens sampled in the step, second groups and traces included", "tokens", _SUM),
     "noise_groups": Meaning("prompts whose second group saw noise", "groups", _SUM),
     "mask_groups": Meaning("prompts whose second group saw masked frames", "groups", _SUM),
     "hint_groups": Meaning("prompts whose second group got a hint", "groups", _SUM),
