@@ -11,6 +11,7 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 from two_processes import CASES, IN_BFLOAT16, run_case, run_to
 
+from deepvideo_r1.model.policy import load_policy
 from deepvideo_r1.support.clock import repeatable
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
@@ -128,6 +129,8 @@ def test_computation_in_bfloat16(found, name):
 def test_the_cases_are_what_they_say(found):
     rows = {case: found[0][case]["rows"] for case in CASES}
     assert sum(row["noise_groups"] + row["hint_groups"] for row in rows["reg_grpo, augmented"]) > 0
+    changed = [row["noise_groups"] + row["hint_groups"] for row in rows["grpo, one group changed"]]
+    assert 1 in changed  # of two: one process samples a second group, and the other none
     assert any((row["noise_groups"] + row["hint_groups"]) % 2 for row in rows["grpo, both groups"])
     assert any(row["groups"] % 2 for row in rows["grpo, a bad clip"])
     assert [row["kl"] > 0 for row in rows["grpo, adapters that were trained before"]] == [False, True]
@@ -154,6 +157,15 @@ def test_another_number_of_processes_resumes(found, directory, models, tiny_worl
     for row, expected in zip(figures(continued["rows"]), figures(whole["rows"]), strict=True):
         assert row == pytest.approx(expected, rel=1e-3, abs=1e-5)
     assert distance(continued["weights"], whole["weights"]) < 1e-4
+
+
+def test_the_exported_model_is_the_trained_one(found, directory):
+    exported = load_policy(directory / "whole/model")
+    assert distance({n: p.detach() for n, p in exported.named_parameters()}, found[0]["resumed"]["whole"]["weights"]) == 0
+    adapted, trained = load_policy(directory / "exported/model"), found[0]["exported adapters"]["weights"]
+    assert (directory / "exported/model/adapter_model.safetensors").exists()
+    assert distance({n: p.detach() for n, p in adapted.named_parameters()},
+                    {n: p for n, p in trained.items() if ".start." not in n}) == 0
 
 
 def test_no_file_of_a_checkpoint_is_a_pickle(found, directory):

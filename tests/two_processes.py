@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from deepvideo_r1.config import AugmentConfig, ObjectiveConfig, PromptConfig, RolloutConfig, TrainConfig
 from deepvideo_r1.core import make_generator
 from deepvideo_r1.data.datasets import load_samples
+from deepvideo_r1.experiment import _write_model as write_model
 from deepvideo_r1.model.policy import load_policy
 from deepvideo_r1.model.prompt import load_processor
 from deepvideo_r1.support.clock import repeatable
@@ -43,6 +44,7 @@ CASES = {
     "reg_grpo, adapters": Case("reg_grpo", policy=dict(lora_rank=4)),
     "grpo, adapters that were trained before": Case("grpo", train=dict(prompts_per_forward=2), policy=dict(lora_rank=4)),
     "reg_grpo, augmented": Case("reg_grpo", AUGMENT, dict(prompts_per_forward=4, steps=3)),
+    "grpo, one group changed": Case("grpo", replace(AUGMENT, dead_zone=0.3, min_groups=2), dict(prompts_per_step=2, steps=8)),
     "grpo, both groups": Case("grpo", replace(AUGMENT, keep_first=True, dead_zone=0.4), dict(prompts_per_forward=2, steps=3)),
     "grpo, a bad clip": Case("grpo", replace(AUGMENT, window=6), dict(steps=3), tuple(range(3))),
     "grpo, averaged over tokens": Case("grpo", train=dict(prompts_per_forward=2), bad=(1,)),
@@ -87,7 +89,7 @@ def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: whole(p) for name, p in trainer.policy.named_parameters()}
 
 
-def run_case(case: str, model: Path, questions: Path, directory: Path, **arrangement) -> dict:
+def run_case(case: str, model: Path, questions: Path, directory: Path, export: bool = False, **arrangement) -> dict:
     "Metrics, first gradient, first responses, last weights and the buffer of one case, as this process sees them."
     trainer, responses = make_trainer(case, model, questions, directory, **arrangement), {}
     roll_out = trainer.roll_out
@@ -102,6 +104,8 @@ def run_case(case: str, model: Path, questions: Path, directory: Path, **arrange
     gradients = {name: whole(p.grad) for name, p in trainer.policy.named_parameters() if p.grad is not None}
     while trainer.state.next_step < trainer.config.train.steps:
         rows.append(trainer.step())
+    if export:
+        write_model(trainer, directory / "model")
     return {"rows": rows, "gradients": gradients, "responses": responses, "buffer": trainer.state.buffer.state_dict(),
             "weights": weights_of(trainer), "bad": trainer.state.seen.bad,
             "processes": trainer.accelerator.num_processes,
@@ -116,6 +120,7 @@ def run_to(steps: int, model: Path, questions: Path, directory: Path, sharded: b
     trainer = make_trainer("reg_grpo, augmented", model, questions, directory, sharded)
     trainer.config = replace(trainer.config, train=replace(trainer.config.train, steps=steps))
     rows = [repeatable(row) for row in fit(trainer)]
+    write_model(trainer, directory / "model")
     return {"rows": rows, "weights": weights_of(trainer), "buffer": trainer.state.buffer.state_dict()}
 
 
@@ -134,6 +139,8 @@ def main(model: Path, questions: Path, directory: Path, sharded: bool) -> None:
     found["bfloat16"] = {name: run_case(case, model, questions, directory / name, sharded=sharded, dtype="bfloat16")
                          for name, case in IN_BFLOAT16.items()}
     found["untied"] = run_case("grpo", model.parent / "untied", questions, directory / "untied", sharded=sharded)
+    found["exported adapters"] = run_case("reg_grpo, adapters", model, questions, directory / "exported", sharded=sharded,
+                                          export=True)
     found["resumed"] = run_twice(model, questions, directory, sharded)
     torch.save(found, directory / f"found-{rank}.pt")
 
