@@ -108,7 +108,7 @@ def test_arrows_between_wings_run_one_way():
             del left[name]
     assert left == {}, "these import one another"
     # The idea stands on nothing but itself, what it is written with, and the settings.
-    idea = {"core", "config", "answers", "judges", "reward", "advantage", "grpo", "reg_grpo", "baselines", "difficulty",
+    idea = {"core", "config", "spelling", "answers", "judges", "reward", "advantage", "grpo", "reg_grpo", "baselines", "difficulty",
             "hints", "augment"}
     assert {other for name in idea for other in arrows[name]} <= idea
 

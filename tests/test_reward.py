@@ -451,6 +451,53 @@ def test_the_table_is_long_enough():
     assert sum(len(row["right"]) + len(row["wrong"]) for row in TABLE) >= 500
 
 
+# Written by people who had not seen the readers: each line one answer, with the letter that a careful reader takes from it, or none.
+BLIND = [json.loads(line) for line in Path(__file__).with_name("answers_blind.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("row", BLIND, ids=[f"{row['kind']}-{i}" for i, row in enumerate(BLIND, 1)])
+def test_an_answer_written_blind_gets_its_letter_and_no_other(row):
+    options = tuple(row["options"])
+    accepted = [letter for letter in "ABCDEF"[: len(options)] if accuracy_reward(say(row["answer"]), letter, options=options) == 1.0]
+    assert accepted == ([row["expected"]] if row["expected"] else [])
+
+
+def test_the_blind_table_is_long_enough():
+    assert len(BLIND) >= 297 and sum(row["expected"] is None for row in BLIND) >= 73
+
+
+COLOURS = ("Red", "Blue", "Green", "Dark blue")
+COUNTS = ("2", "3", "4", "5")
+
+
+@pytest.mark.parametrize("answer, letter, options", [
+    ("The answer is B.\n\nWait, the answer is C.", "C", OPTIONS), ("B. Actually, C", "C", OPTIONS), ("So: A", "A", OPTIONS),
+    ("A) an onion\nB) a rope\nC) the rope of a boat\nD) a dog\n\nAnswer: B", "B", OPTIONS), ("not a dog but a rope", "B", OPTIONS),
+    ("B rather than A", "B", OPTIONS), ("The answer is C. A, B and D are incorrect.", "C", OPTIONS), ("I'd say second.", "B", OPTIONS),
+    ("the one before C", "B", OPTIONS), ("The car is dark blue", "D", COLOURS), ("The car is blue.", "B", COLOURS),
+    ("There are 3 people", "B", COUNTS), ("综上所述，答案是C。", "C", OPTIONS), ("Ответ: B", "B", OPTIONS), ("정답은 B입니다", "B", OPTIONS),
+    ("🅱️", "B", OPTIONS), ("It seems A. No, it is B.", "B", OPTIONS),
+])
+def test_an_explained_answer_is_what_it_decides_on(answer, letter, options):
+    assert [other for other in "ABCD" if accuracy_reward(say(answer), other, options=options)] == [letter]
+
+
+@pytest.mark.parametrize("answer, options", [*((answer, OPTIONS) for answer in (
+    "maybe A, maybe B", "It could be A, but it could also be B.", "A or C, or B", "The answer is A or the answer is B", "So A and C.",
+    "I don't think it's A", "The answer is A? I am not sure.", "not A, B", "Not only A, but B", "A but B", "Everything but B", "all but B",
+    "It is anything but a rope.", "Any except A", "I would go with A if it were longer", "So is A.", "There is a rope and a dog",
+    "There is a dog near a rope", "It's the dog's rope", "A - no\nB - yes", "A) an onion\nB) a rope", "A? B? C?", "A\n\nB", "A, then B",
+    "First A, then B.", "A is the wrong answer", "the first two", "the first or second", "not the first one", "Answer: A; B",
+    "Answer A\nAnswer B", "1. A 2. B", "If B is false, then A", "Suppose the answer is A.", "the answer is a rope and a dog", "B ❌",
+    "option 2", "</think>", "<think>A</think>", "It is not the case that the answer is B.", "The answer is B, or C", "A\nSo the answer is B, C")),
+    *((answer, COLOURS) for answer in ("The car is blue and red.", "The car isn't blue", "It is blue-green", "The car is bluish")),
+    *((answer, COUNTS) for answer in ("There are 3.5 people", "There are 13 people", "It is 3-4", "It's 3:45", "3 dogs and 2 cats are there")),
+    ("The second", ("the third man", "a dog")), ("Yes and no", ("Yes", "No")), ("There is no dog", ("Yes", "No")),
+])
+def test_an_answer_that_decides_on_nothing_gets_nothing(answer, options):
+    assert [letter for letter in "ABCD" if accuracy_reward(say(answer), letter, options=options)] == []
+
+
 # --- the total -------------------------------------------------------------------------------------------------------
 
 CHOICE = Sample(id="c", question="what ?", options=OPTIONS, answer="B", kind="choice")

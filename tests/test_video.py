@@ -308,13 +308,14 @@ def test_a_read_that_crashes_is_an_error_of_its_file(tmp_path, reader):
 
 
 LEAVE = """
-import os, sys
+import os, sys, time
 from deepvideo_r1.data.guarded import ReaderProcess
 import test_video
 reader = ReaderProcess()
 reader.read("clip.mp4", read=test_video.talk)
 print(reader.process.pid, flush=True)
-reader.connection.send(("/", test_video.hang, "clip.mp4", {}))
+reader.connection.send((test_video.hang, "clip.mp4", {}, None, 600))
+time.sleep(0.5)  # it has begun
 os._exit(0)  # without saying goodbye
 """
 

@@ -70,6 +70,7 @@ def open_run(
     ignored: Sequence[str] = ("out", "workers", "prompt.cache_dir", "prompt.cache_gb"),  # fields that change no result
     may_change: Sequence[str] = (),  # fields that may differ when a run continues
     may_grow: Sequence[str] = (),  # fields that may be larger when a run continues
+    only_check: bool = False,  # write nothing
 ) -> bool:  # True when the directory was begun before
     "Writes `config.json`, or checks that it fits; raises `ValueError` with the differences, or for a damaged file."
     directory, wanted = Path(directory), _written_fields(config, ignored)
@@ -81,8 +82,9 @@ def open_run(
     if not path.exists():
         if _is_foreign(directory):
             raise ValueError(f"{directory} is not empty and holds no config.json; name another directory")
-        directory.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(wanted, indent=2))
+        if not only_check:
+            directory.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps(wanted, indent=2))
         return False
 
     # An old run continues with its own config only, but for the fields that may differ.
@@ -97,6 +99,6 @@ def open_run(
         shrunk = "".join(f"; {name} may only grow" for name in refused if name in may_grow)
         raise ValueError(f"{directory} belongs to another config ({_first_changes(refused)}{shrunk}); "
                          "name another directory, or remove it")
-    if changes:
+    if changes and not only_check:
         write_whole(path, json.dumps(wanted, indent=2))
     return True
