@@ -431,7 +431,8 @@ def test_the_toy_leaves_no_process_behind(cli, tmp_path, number, to_group):
     wait_until(lambda: not alive(workers), 3)
     steps = [len(read_jsonl(path)) for path in out.glob("arms/*/metrics.jsonl")]
     saved = [newest_checkpoint(path.parent / "checkpoints") for path in out.glob("arms/*/metrics.jsonl")]
-    assert [path.name for path in saved] == [f"step-{n:06d}" for n in steps]  # each stopped after its step and saved it
+    # Each stopped after its step and saved it, or had not read the clips of its first.
+    assert [path and path.name for path in saved] == [f"step-{n:06d}" if n else None for n in steps]
 
 
 @pytest.mark.slow
