@@ -1,4 +1,6 @@
-"""Float32 masters: small updates of a bfloat16 policy arrive."""
+"""Float32 masters: small updates of a bfloat16 policy arrive, and what is saved of them is safe to load."""
+import pickle
+import shutil
 import warnings
 
 import pytest
@@ -10,6 +12,8 @@ from deepvideo_r1.core import Prompt, Rollout, Sample, make_generator
 from deepvideo_r1.data.datasets import load_samples
 from deepvideo_r1.model.policy import load_policy, save_policy
 from deepvideo_r1.model.prompt import load_processor
+from deepvideo_r1.support.checkpoint import publish_checkpoint
+from deepvideo_r1.support.files import DamagedFileError
 from deepvideo_r1.trainer import Trainer, fit
 from deepvideo_r1.training.update import make_learner, stand_in, update_policy
 
@@ -93,3 +97,41 @@ def test_a_bfloat16_run_saves_resumes_and_exports(trained_model, tiny_world, tmp
         assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
     for (name, a), b in zip(again.named_parameters(), continued.policy.parameters()):
         assert torch.equal(a, b.to(a.dtype)), name
+
+
+class Planted:
+    "A pickle that makes a file when it is read."
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_no_file_of_a_checkpoint_is_unpickled(trained_model, tiny_world, tmp_path):
+    "Every file in turn is a planted pickle, with a manifest that fits it; it is refused by name and never run."
+    def trainer():
+        return Trainer(load_policy(trained_model), load_processor(trained_model), load_samples(tiny_world / "rl.jsonl"),
+                       tmp_path / "run", prompt=PromptConfig("plain"), rollout=RolloutConfig(2, max_tokens=4),
+                       train=TrainConfig(steps=1, prompts_per_step=2))
+
+    fit(trainer())
+    checkpoint = tmp_path / "run/checkpoints/step-000001"
+    content = pickle.dumps(Planted(tmp_path / "it ran"))
+    pickle.loads(content).close()
+    assert (tmp_path / "it ran").exists()
+    (tmp_path / "it ran").unlink()
+
+    for name in sorted(path.name for path in checkpoint.iterdir()):
+        shutil.copytree(checkpoint, tmp_path / "good")
+        (checkpoint / name).write_bytes(content)
+        if name != "MANIFEST.json":
+            (checkpoint / "MANIFEST.json").unlink()
+            publish_checkpoint(checkpoint.rename(tmp_path / "aside"), checkpoint, 2)
+        with pytest.warns(UserWarning, match="the checkpoint"), pytest.raises(DamagedFileError):
+            fit(trainer())
+        assert not (tmp_path / "it ran").exists(), name
+        shutil.rmtree(checkpoint)
+        (tmp_path / "good").rename(checkpoint)
+    assert len(fit(trainer())) == 1
