@@ -31,7 +31,7 @@ test-oldest: .venv/.dev ## run the tests with the oldest transformers that is su
 	PYTHONPATH=$(CURDIR)/.oldest $(BIN)/python -m pytest $(ARGS)
 
 bench: .venv/.run ## measure speed and memory against peers, half an hour (against TRL where it is installed)
-	@for name in repeated_vs_packed rollout_vs_generate growth augmentation_cost reading; do $(BIN)/python benchmarks/$$name.py $(ARGS) || exit 1; done
+	@for name in repeated_vs_packed rollout_vs_generate growth augmentation_cost reading read_ahead; do $(BIN)/python benchmarks/$$name.py $(ARGS) || exit 1; done
 	@if $(BIN)/python -c 'import trl' 2>/dev/null; then $(BIN)/python benchmarks/step_vs_trl.py $(ARGS); \
 	  else echo "TRL is not installed, see benchmarks/README.md: step_vs_trl.py was not run"; fi
 

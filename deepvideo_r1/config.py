@@ -145,6 +145,7 @@ class TrainConfig:
     max_kl: float | None = None  # KL to the reference, in nats per token, above which the run stops; None: no bound
     max_truncated: float | None = None  # share of truncated responses above which the run stops; None: no bound
     timeout_minutes: float = 30.0  # time after which a process that waits for another one gives up
+    skip_plan: bool = False  # start also where the memory plan does not fit the GPUs
     max_bad_share: float = 0.05  # largest share of unreadable clips; the run stops above it
     workers: int = 2  # processes that read clips ahead, for each training process; 0: clips are read when a step asks
     clip_timeout: float = 60.0  # seconds to read a clip; one that takes longer counts as unreadable
@@ -279,6 +280,13 @@ class PlanConfig:
     def __post_init__(self):
         check_fields(self, at_least_1=("gpus", "prompt_tokens"))
 
+    @classmethod
+    def of_run(
+        cls,
+        run: RunConfig,  # settings of a run
+    ) -> "PlanConfig":
+        "The same settings, to be planned."
+        return cls(**{item.name: getattr(run, item.name) for item in fields(cls) if hasattr(run, item.name)})
 
 # %% ../nbs/01_config.ipynb #27bff629
 def tiny_cpu(model: str = tyro.MISSING, data: str = tyro.MISSING) -> RunConfig:

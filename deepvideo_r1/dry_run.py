@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['shrunken_config', 'write_shrunken', 'Check', 'check_versions', 'check_clips', 'check_disk', 'check_memory',
-           'check_step', 'dry_run']
+           'check_step', 'dry_run', 'show_dry_run']
 
 # %% ../nbs/13a_dry_run.ipynb #953336e0
 import copy
-import math
+import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -27,13 +28,14 @@ from .data.check import open_files
 from .data.clip_cache import visuals_loader
 from .data.datasets import Samples
 from .data.video import VideoError
-from .experiment import check_directory, read_questions
+from .experiment import check_directory, read_held_out, read_questions
 from .model.asking import prompt_for
 from .model.policy import PolicyModel, load_policy, save_policy
 from .model.processor import Processor, load_processor
 from .model.weights import FAMILIES
 from .reward import load_reward, try_reward
 from .support.interrupts import TrainingError
+from .support.trackers import check_trackers
 from .trainer import Trainer, fit
 from .training.plan import Arrangement, Gpu, Plan, make_plan
 from .training.scale import find_config
@@ -201,8 +203,11 @@ def dry_run(
         return state["plan"]
 
     def questions() -> str:
-        samples = state["samples"] = read_questions(config)
-        return f"{len(samples)} questions, {len(samples.problems)} bad rows" + "".join(
+        check_trackers(config.trackers)
+        samples, held_out = read_questions(config), read_held_out(config)
+        state["samples"] = samples
+        asked = f", {len(held_out)} held-out questions" if held_out else ""
+        return f"{len(samples)} questions{asked}, {len(samples.problems)} bad rows" + "".join(
             f"; the first: {problem}" for problem in samples.problems[:1])
 
     def reward() -> str:
@@ -213,15 +218,18 @@ def dry_run(
     def model() -> str:
         load_processor(config.model)
         weights = plan().scale.weights(config.policy)
-        trained, frozen = weights.trained / 1e9, weights.frozen / 1e9
-        return f"{config.model}: {trained + frozen:.3g} G weights, {trained:.3g} G trained"
+        state["model"] = config.model
+        unit, name = (1e9, "G") if weights.trained >= 1e8 else (1e3, "k")
+        return f"{config.model}: {(weights.trained + weights.frozen) / unit:.3g} {name} weights, " \
+               f"{weights.trained / unit:.3g} {name} of them trained"
 
     checks: dict[str, Callable[[], str]] = {
         "versions": check_versions, "questions": questions, "reward": reward,
         "clips": lambda: check_clips(state["samples"], config, every), "model": model,
-        "directory": lambda: check_directory(config), "disk": lambda: check_disk(config, plan()),
-        "memory": lambda: check_memory(plan()),
-        "step": lambda: check_step(config, state["samples"], state["reward"])}
+        "directory": lambda: check_directory(config),
+        "disk": lambda: state["model"] and check_disk(config, plan()),
+        "memory": lambda: state["model"] and check_memory(plan()),
+        "step": lambda: state["model"] and check_step(config, state["samples"], state["reward"])}
     for name, check in checks.items():
         try:
             yield Check(name, True, check())
@@ -229,3 +237,27 @@ def dry_run(
             yield Check(name, False, f"not tried, since the {error.args[0]} could not be read")
         except (ValueError, OSError, TrainingError) as error:
             yield Check(name, False, " ".join(str(error).split()))
+
+# %% ../nbs/13a_dry_run.ipynb #1b48cea6
+def show_dry_run(
+    config: RunConfig,  # settings of the run
+) -> int:  # exit code: 0, or 2 where a check has failed
+    "Shows the checks of a run as they are made, and what the run would do."
+    n_processes, is_main = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("RANK", "0") == "0"
+    if not is_main:
+        return 0
+    gpu_bytes = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+    sharded, failed = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true", 0
+    for check in dry_run(config, n_processes=n_processes, sharded=sharded, gpu_bytes=gpu_bytes):
+        print(f"{'ok' if check.good else 'FAIL':5}{check.name:11}{check.text}", flush=True)
+        failed += not check.good
+
+    # What would happen.
+    train, rollout = config.train, config.rollout
+    second = "and a second group for each where the augmentation says so, " if config.augment.enabled else ""
+    print(f"the run: {train.steps} steps of {train.prompts_per_step} prompts with {rollout.group_size} responses of up to "
+          f"{rollout.max_tokens} tokens, {second}{config.objective.name}, {train.inner_updates} updates a step at "
+          f"{train.learning_rate:g}, a checkpoint every {train.save_every} steps, {n_processes} processes; into {config.out}")
+    if failed:
+        print(f"{failed} checks failed, nothing was started", file=sys.stderr)
+    return 2 if failed else 0

@@ -6,11 +6,16 @@
 __all__ = ['main']
 
 # %% ../nbs/15_start.ipynb #45515794
+import os
+import signal
+
+from .support.endings import LAUNCHER, run_as_worker
 from .support.interrupts import leaving_at_once
 
 # %% ../nbs/15_start.ipynb #50f67329
 def main() -> int:
     "Loads the command line and runs it; returns its exit code."
     with leaving_at_once():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
         from deepvideo_r1.cli import main as run
-    return run()
+    return run_as_worker(run) if LAUNCHER in os.environ else run()

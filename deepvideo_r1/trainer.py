@@ -36,6 +36,7 @@ from .support.clock import PhaseClock, repeatable
 from .support.files import DamagedFileError, naming_disk_errors, read_json_file, read_jsonl, write_whole
 from .support.interrupts import Stopped, TrainingError, stop_flag
 from .training.feed import ClipFeed, Question, Seen, gather_rewards
+from .training.held_out import HeldOut
 from .training.launch import check_accelerator, make_accelerator
 from .training.state import load_state, save_state, state_bytes
 from .training.step_metrics import gap_metrics, group_sums, step_metrics
@@ -268,25 +269,47 @@ def _rows_before(path: Path, step: int) -> list[dict[str, float]]:
     return [by_step[number] for number in sorted(by_step)]
 
 
+def _next_row(trainer: Trainer, held_out: HeldOut | None) -> dict[str, float] | None:
+    "Asks the held-out questions where it is time, then does a step; returns its metrics, None after the last step."
+    step, last = trainer.state.next_step, trainer.config.train.steps
+    if held_out and held_out.is_due(step, last):
+        held_out.run(trainer.learner, trainer.processor, step)
+    return trainer.step() if step < last else None
+
+
 def fit(
     trainer: Trainer,  # new, or of a run that was interrupted
     *,
     on_step: Callable[[dict[str, float]], None] | None = None,  # called with the metrics of each step
+    held_out: HeldOut | None = None,  # questions that are asked every few steps
 ) -> list[dict[str, float]]:
     "Trains to the last step, resuming where a run left off; returns all metrics. Raises `Stopped` after an interrupt."
     trainer.directory.mkdir(parents=True, exist_ok=True)
     load_checkpoint(trainer)
     state, train, is_main = trainer.state, trainer.config.train, trainer.accelerator.is_main_process
+    saved = state.next_step  # steps that the newest checkpoint holds
 
     # Rows of steps that no checkpoint holds are written again.
     path = trainer.directory / "metrics.jsonl"
-    rows = _rows_before(path, state.next_step)
+    rows = _rows_before(path, saved)
     if is_main:
         write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+    if held_out:
+        held_out.begin(saved, is_main=is_main)
 
+    told = lambda: f"stopped after {state.next_step} steps; the same command continues"
     with stop_flag() as asked:
-        while state.next_step < train.steps:
-            rows.append(trainer.step())
+        while True:
+            # A signal ends a long wait within an evaluation or a step, on all processes, and no work is lost.
+            try:
+                row = _next_row(trainer, held_out)
+            except Stopped as error:
+                if saved != state.next_step:
+                    save_checkpoint(trainer)
+                raise Stopped(told(), error.number) from None
+            if row is None:
+                break
+            rows.append(row)
             if is_main:
                 with naming_disk_errors(path), path.open("a") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
@@ -297,8 +320,9 @@ def fit(
             # Save now and then, at the end, and before stopping.
             if stop or state.next_step % train.save_every == 0 or state.next_step == train.steps:
                 save_checkpoint(trainer)
+                saved = state.next_step
             if stop and state.next_step < train.steps:
-                raise Stopped(f"stopped after {state.next_step} steps; the same command continues", stop)
+                raise Stopped(told(), stop)
     if state.silent_steps >= SILENT_STEPS:
         warnings.warn(f"the run ended without an advantage in its last {state.silent_steps} steps: all rewards of each "
                       "group were equal, and the policy has learned nothing from them", stacklevel=2)

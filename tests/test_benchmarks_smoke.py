@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+import time
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,7 +42,7 @@ def test_the_readme_names_every_field():
     text = (BENCHMARKS / "README.md").read_text()
     names = {"cpu_s", "wall_s", "peak_mib", "gflop", "of_minimum", "speedup", "memory_ratio", "vision_share", "greedy_equal",
              "videos_encoded", "logp_difference", "gradient_difference", "speedup_by_sharing", "utilisation",
-             "response_ratio", "time_ratio", "vanishing", "no_trace", "decord_is_right", "plain"}
+             "response_ratio", "time_ratio", "tokens_per_second", "measured_gb", "planned_gb", "of_plan", "vanishing", "no_trace", "decord_is_right", "plain"}
     assert {name for name in names if f"`{name}`" not in text} == set()
     assert {path.name for path in BENCHMARKS.glob("*.py") if path.name not in text} == set()
 
@@ -144,6 +145,55 @@ def test_reading_in_the_most_common_containers(benchmark, tmp_path):
     for case in found["cases"]:
         assert case["plain"] == ("decord" if case["decord_is_right"] else "pyav") and case["time_ratio"] > 0
         assert case["sides"].keys() == {"plain", "ours"}
+
+
+def test_the_report_for_a_gpu_on_a_cpu(benchmark, tmp_path):
+    module = benchmark("gpu_report")
+    module.main(module.Settings(quick=True, out=tmp_path))
+    found = read(tmp_path, "gpu_report")
+    assert found["sections"].keys() == set(module.SECTIONS) and not any(s["error"] for s in found["sections"].values())
+    sections = {name: [case for case in found["cases"] if case["section"] == name] for name in module.SECTIONS}
+    assert all(case["error"] < 1e-5 and case["milliseconds"] > 0 for case in sections["kernels"])
+    assert all(case["logp_difference"] < 1e-4 and case["gradient_difference"] < 1e-4 for case in sections["packed"])
+    assert [case["case"] for case in sections["sampling"]] == ["quick, 4 rows", "quick, 8 rows"]
+    assert all(case["tokens_per_second"] > 0 for case in sections["sampling"])
+    for case in sections["sampling"] + sections["update with adapters"] + sections["update of all weights"]:
+        assert 0.85 < case["of_plan"] < 1.15, case
+
+
+def test_a_section_that_fails_or_takes_too_long_does_not_end_the_report(benchmark, tmp_path, monkeypatch):
+    module = benchmark("gpu_report")
+
+    def broken(settings):
+        yield dict(case="first")
+        raise RuntimeError("no such kernel")
+
+    def endless(settings):
+        yield dict(case="first")
+        while True:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(module, "WORK", module.WORK | {"sampling": broken, "packed": endless})
+    monkeypatch.setattr(module, "SECTIONS", {"sampling": 5.0, "packed": 0.3, "kernels": 5.0})
+    module.main(module.Settings(quick=True, out=tmp_path))
+    found = read(tmp_path, "gpu_report")
+    assert found["sections"]["sampling"]["error"] == "RuntimeError: no such kernel"
+    assert found["sections"]["packed"]["error"].startswith("TimeoutError") and found["sections"]["packed"]["seconds"] < 5
+    assert found["sections"]["kernels"]["error"] is None
+    assert [case["section"] for case in found["cases"]][:2] == ["sampling", "packed"] and len(found["cases"]) > 2
+
+
+def test_the_report_ends_within_eight_minutes(benchmark):
+    module = benchmark("gpu_report")
+    assert sum(module.SECTIONS.values()) <= 450 == module.Settings(device="cpu").out_of
+
+
+def test_reading_ahead(benchmark, tmp_path):
+    module = benchmark("read_ahead")
+    module.main(module.Settings(quick=True, out=tmp_path))
+    cases = read(tmp_path, "read_ahead")["cases"]  # that all feeds give the same frames is checked before they are written
+    assert [(case["work"], case["workers"]) for case in cases] == [(work, n) for work in ("sleep", "matmul") for n in (0, 1, 2)]
+    assert all(case["step_s"] >= 0.2 and 0 <= case["waiting_share"] < 1 for case in cases)
 
 
 @pytest.mark.skipif(find_spec("trl") is None, reason="needs TRL: pip install trl")

@@ -132,13 +132,23 @@ print(code, *sorted({name.partition(".")[0] for name in sys.modules}))"""
 
 @pytest.mark.parametrize("arguments", [
     ["--help"], ["toy", "--help"], ["train", "--help"], ["train", "--preset", "paper_7b", "--help"], ["evaluate", "--help"],
-    ["data", "check", "--help"], ["train", "--no-such-flag"], ["no-such-command"], ["toy", "--arms", "ppo"],
+    ["data", "check", "--help"], ["plan", "--preset", "paper_7b", "--help"], ["train", "--no-such-flag"], ["no-such-command"], ["toy", "--arms", "ppo"],
     ["train", "--model", "m", "--data", "d", "--prompt.template", "chat"]], ids=" ".join)
 def test_the_parser_needs_no_heavy_library(arguments):
     done = subprocess.run([sys.executable, "-c", LOOK, *arguments], capture_output=True, text=True, timeout=60)
     code, *modules = done.stdout.splitlines()[-1].split()
     assert int(code) == (0 if "--help" in arguments else 2), done.stderr
     assert not HEAVY & set(modules)
+
+
+def test_plan_says_whether_a_run_fits(cli, tiny_model):
+    done = cli.run("plan", "--model", tiny_model, "--gpu", "24")
+    assert done.code == 0 and done.stderr == "" and "1 GPU: fits" in done.stdout and "MB on each GPU" in done.stdout
+    done = cli.run("plan", "--preset", "paper_7b", "--gpus", "8", "--sharding", "ddp")
+    assert done.code == 0 and "does not fit" in done.stdout.splitlines()[-1]
+    assert "change first: FSDP2 (recipes/8gpu_fsdp2.yaml)" in done.stdout.splitlines()[-1] and "KV cache" in done.stdout
+    check_one_line(cli.run("plan", "--preset", "paper_7b", "--gpu", "h900"), "'h900'", "allowed are a100-40")
+    check_one_line(cli.run("plan", "--model", "nowhere"), "nowhere", "no such directory")
 
 
 def test_help_lists_the_choices(cli):
@@ -207,7 +217,10 @@ def whole_run(cli, trained_model, tiny_world, tmp_path_factory) -> Path:
     done = cli.run(*train_arguments(trained_model, tiny_world, out))
     assert done.code == 0, done.stderr
     assert done.stdout == f"model: {out / 'model'}\nmetrics: {out / 'metrics.jsonl'}\n"
-    assert done.stderr == "training: started\ntraining: done\n"
+    start, *lines = done.stderr.splitlines()
+    assert start.startswith("1 process, whole on cpu; weights: trained ") and "of 4 responses" in start
+    assert lines[0].startswith("step 1 of 6: reward 0.") and lines[-1].startswith("step 6 of 6: reward ")
+    assert all(re.fullmatch(r"step \d of 6: .*, tokens/s [\d,]+, time left 0:\d\d:\d\d", line) for line in lines)
     return out
 
 

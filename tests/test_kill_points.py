@@ -110,3 +110,11 @@ def test_train(runs, tiny_model, tiny_world, tmp_path, share):
                tmp_path / "root/t", "--steps", 3, "--train.save-every", 1, "--rollout.max-tokens", 4,
                "--rollout.group-size", 2, "--train.prompts-per-step", 2, "--prompt.max-frames", 4]
     assert check_every_kill(runs, tmp_path / "root", command, share(17)) > 60
+
+
+def test_train_with_held_out_questions(runs, tiny_model, tiny_world, tmp_path, share):
+    command = ["train", "--preset", "tiny_cpu", "--model", tiny_model, "--data", tiny_world / "rl.jsonl", "--out",
+               tmp_path / "root/t", "--steps", 3, "--train.save-every", 2, "--rollout.max-tokens", 4,
+               "--rollout.group-size", 2, "--train.prompts-per-step", 2, "--prompt.max-frames", 4,
+               "--eval.data", tiny_world / "L1.jsonl", "--eval.every", 1, "--eval.metric", "format"]
+    assert check_every_kill(runs, tmp_path / "root", command, share(17)) > 100

@@ -19,7 +19,7 @@ from test_video import hang, moving_square, write_video
 
 from deepvideo_r1.config import PromptConfig
 from deepvideo_r1.core import Clip, Prompt, QuestionError, Sample
-from deepvideo_r1.data import guarded
+from deepvideo_r1.data import guarded, read_ahead
 from deepvideo_r1.data.clip_cache import visuals_loader
 from deepvideo_r1.data.guarded import ReaderProcess, end_idle_readers, read_video_safely
 from deepvideo_r1.data.read_ahead import ReadAhead
@@ -299,7 +299,8 @@ def test_another_error_of_the_loader_is_raised_in_its_step(feeds):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_wait_for_a_clip(feeds, workers, number):
+def test_a_signal_ends_the_wait_for_a_clip(feeds, monkeypatch, workers, number):
+    monkeypatch.setattr(read_ahead, "_PATIENCE", 1.0)
     feed = feeds(lambda sample: [("video", read_video_safely("hangs.mp4", read=hang, timeout=300))], workers=workers)
     started = time.perf_counter()
     with stop_flag(), pytest.raises(Stopped, match="stopped in step 0, while it waited for its clips") as caught:

@@ -12,6 +12,7 @@ import inspect
 import json
 import os
 import re
+import threading
 import time
 import uuid
 import warnings
@@ -144,6 +145,7 @@ class _LimitedFolder:
             raise ValueError(f"{directory}: not usable as a clip cache ({error.strerror or error})") from error
         self._room = 0  # bytes that may be written before the folder is looked through again
         self._is_writable = True  # until a write fails
+        self._lock = threading.Lock()  # several threads of this process may use it
 
     def _path(self, key: str) -> Path:
         return self.directory / f"{key}.safetensors"
@@ -227,13 +229,16 @@ class ClipCache(_LimitedFolder):
             return None
 
         key = current_key()
-        if key and (clip := self._read(key)):
-            self.hits += 1
+        clip = self._read(key) if key else None
+        with self._lock:
+            self.hits, self.misses = self.hits + (clip is not None), self.misses + (clip is None)
+        if clip is not None:
             return clip
-        self.misses += 1
         (_, clip), = load_visuals(single, processor, **settings)
         if key and key == current_key():  # the file did not change while it was read
-            self._write(key, pack_clip(key, clip))
+            content = pack_clip(key, clip)
+            with self._lock:
+                self._write(key, content)
         return clip
 
     def _read(self, key: str) -> Clip | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from ..config import PromptConfig
 from ..core import Clip, Prompt, Sample
@@ -105,12 +106,12 @@ def _settings_hash(settings: _AnswerSettings) -> str:
                        CACHE_VERSION])
 
 
-def _identities(policy: PolicyModel, processor: Processor, samples: Sequence[Sample],
-                settings: _AnswerSettings) -> dict[str, dict[str, str]]:
+def _identities(policy: PolicyModel, processor: Processor, samples: Sequence[Sample], settings: _AnswerSettings,
+                model: str | None = None) -> dict[str, dict[str, str]]:
     "Id of each question -> hashes of the model, the question and the settings."
     words = partial(question_text, template=settings.prompt.template)
     questions = question_hashes(samples, with_key=False, words=words)
-    same = {"model": _model_hash(policy, processor), "settings": _settings_hash(settings)}
+    same = {"model": model or _model_hash(policy, processor), "settings": _settings_hash(settings)}
     return {name: same | {"question": question} for name, question in questions.items()}
 
 # %% ../../nbs/evaluation/02_evaluate.ipynb #dd4f5183
@@ -186,6 +187,7 @@ def _answer_all(
 def _evaluate(
     policy: PolicyModel, processor: Processor, samples: Sequence[Sample], settings: _AnswerSettings, batch_prompts: int,
     path: str | Path | None, on_progress: Callable[[int, int], None] | None, accelerator: Accelerator | None,
+    model: str | None,
 ) -> list[dict[str, Any]]:
     "One row for each question, in the order of the samples."
     n_processes, rank = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
@@ -197,16 +199,23 @@ def _evaluate(
     if is_first:
         collect_rows(path, samples)
     wait()
-    identities = _identities(policy, processor, samples, settings)
+    identities = _identities(policy, processor, samples, settings, model)
     done, corrected = _answered(path, samples, settings.temperature, identities, say) if path else ({}, [])
     unanswered = [sample for sample in samples if sample.id not in done][rank::n_processes]
     rows_file = Path(path).with_suffix(f".process{rank}{Path(path).suffix}") if n_processes > 1 else path
     if is_first:
         _keep(rows_file, corrected)
 
-    # Answer the rest. The first process puts the rows of all into one file.
-    _answer_all(policy, processor, unanswered, done, settings, identities, batch_prompts, rows_file, on_progress)
-    wait()
+    # Answer the rest; all processes stop where one is asked to. The first one puts the rows of all into one file.
+    stopped = None
+    try:
+        _answer_all(policy, processor, unanswered, done, settings, identities, batch_prompts, rows_file, on_progress)
+    except Stopped as error:
+        stopped = error
+    if n_processes > 1 and (numbers := [number for number in gather_object([stopped and stopped.number]) if number]):
+        stopped = stopped or Stopped("stopped with another process; the same command continues", numbers[0])
+    if stopped:
+        raise stopped
     if is_first and (n_others := collect_rows(path, samples, drop_others=True)):
         say(f"{n_others} rows of questions that are not asked any more were left out")
     wait()
@@ -233,6 +242,7 @@ def evaluate(
     on_progress: Callable[[int, int], None] | None = None,  # called with questions done and in all, of this process
     timeout: float | None = 60.0,  # seconds for each clip, read in a process of its own; None: read in this one
     accelerator: Accelerator | None = None,  # accelerator of processes that share the questions; None: one process
+    model: str | None = None,  # name that stands for the weights in the rows of the file; None: a hash of the weights
 ) -> list[dict[str, Any]]:  # one row for each question, in the order of the samples
     """Responses and scores of every question; each question has its own random stream.
 
@@ -245,7 +255,7 @@ def evaluate(
     settings = _AnswerSettings(prompt, temperature, n_responses, max_tokens, seed, timeout)
     policy.eval()
     with directory_lock(Path(path).parent) if path and is_first else contextlib.nullcontext():
-        return _evaluate(policy, processor, samples, settings, batch_prompts, path, on_progress, accelerator)
+        return _evaluate(policy, processor, samples, settings, batch_prompts, path, on_progress, accelerator, model)
 
 # %% ../../nbs/evaluation/02_evaluate.ipynb #df081069
 def _mean(values: Sequence[float]) -> float:

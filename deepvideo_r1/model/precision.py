@@ -20,7 +20,7 @@ from .policy import PolicyModel
 def compute_units(
     policy: PolicyModel,  # a policy without adapters
 ) -> list[nn.Module]:
-    "The modules whose weights are cast together: every linear layer and norm of a block, and the modules between blocks."
+    "The modules whose weights are cast together: linear layers and norms of a block, and the modules between blocks."
     is_block = lambda module: type(module).__name__ in policy._no_split_modules
     holds_weights = lambda module: any(weight is not None for weight in module._parameters.values())
 

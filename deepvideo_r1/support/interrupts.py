@@ -90,7 +90,7 @@ def stop_flag(
         with _handling(handler, signal.SIGINT, signal.SIGTERM):
             yield lambda: received[0] if received else 0
     finally:
-        _open_flags.remove(received)
+        _open_flags[:] = [flag for flag in _open_flags if flag is not received]  # an empty flag equals every empty one
 
 # %% ../../nbs/support/01_interrupts.ipynb #fe0e7fef
 def stop_asked() -> int:

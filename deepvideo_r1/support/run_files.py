@@ -113,7 +113,7 @@ def _in_words(kind: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(map(_in_words, inner))
     if origin in (tuple, list, Sequence):
-        return f"a list of {_in_words(inner[0])}"
+        return f"a list, each {_in_words(inner[0])}"
     plain = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", types.NoneType: "None"}
     return plain.get(kind, getattr(kind, "__name__", str(kind)))
 

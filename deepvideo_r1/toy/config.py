@@ -99,7 +99,7 @@ class ToyConfig:
     # training loop of every arm; its seed is one of --seeds
     train: TrainConfig = field(default_factory=lambda: TrainConfig(
         steps=50, prompts_per_step=16, prompts_per_forward=16, inner_updates=2, learning_rate=1e-4, warmup_steps=20,
-        save_every=10, keep_checkpoints=1))
+        save_every=10, keep_checkpoints=1, workers=0))
 
     def __post_init__(self):
         if unknown := [arm for arm in self.arms if arm not in ARMS]:

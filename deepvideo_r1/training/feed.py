@@ -8,7 +8,7 @@ __all__ = ['AHEAD_STEPS', 'step_indices', 'Question', 'Seen', 'ClipFeed', 'gathe
 # %% ../../nbs/training/00_feed.ipynb #b50ef4cc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -101,6 +101,7 @@ class ClipFeed:
                              "processes")
         self.samples, self.ask, self.prompts_per_step, self.seed = samples, ask, prompts_per_step, seed
         self.max_bad_share, self.rank, self.n_processes = max_bad_share, rank, n_processes
+        self.indices = getattr(samples, "step_indices", partial(step_indices, len(samples)))  # a mixture has its own
         self.ahead = ReadAhead(lambda index: load(samples[index]), workers=workers, max_bytes=ahead_bytes, kept=kept)
         self.n_steps, self.seen = n_steps, Seen()
 
@@ -120,7 +121,7 @@ class ClipFeed:
         n_left = 1 + AHEAD_STEPS if self.n_steps is None else max(1, min(1 + AHEAD_STEPS, self.n_steps - step))
         upcoming = []
         for coming in range(step, step + n_left):
-            indices = step_indices(len(self.samples), coming, self.prompts_per_step, self.seed)
+            indices = self.indices(coming, self.prompts_per_step, self.seed)
             upcoming += indices[self.rank :: self.n_processes]
         self.ahead.plan(upcoming)
 
@@ -133,7 +134,7 @@ class ClipFeed:
         Raises `Stopped` on all processes when one of them received a signal while it waited for a clip.
         """
         self._plan(step)
-        indices = step_indices(len(self.samples), step, self.prompts_per_step, self.seed)
+        indices = self.indices(step, self.prompts_per_step, self.seed)
         draws = [indices[:place].count(index) + 1 for place, index in enumerate(indices)]
 
         # Read this process's share: every n-th place of the batch.

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'parse_options', 'complete_options', 'Agent', 'make_agent', 'launch', 'check_processes', 'start_line']
 
-# %% ../../nbs/training/06_launcher.ipynb #37332218
+# %% ../../nbs/training/06_launcher.ipynb #4a46be82
 import argparse
 import contextlib
 import logging
@@ -30,14 +30,14 @@ from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousPara
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.launcher.api import LaunchConfig
-from torch.distributed.run import config_from_args, get_args_parser
+from torch.distributed.run import config_from_args, determine_local_world_size, get_args_parser
 from torch.nn.parallel import DistributedDataParallel
 
 from ..support.endings import LAUNCHER, listening, read_endings, tell_ending
 from ..support.recipes import Recipe, read_recipe
 from . import launch as arrangement
 
-# %% ../../nbs/training/06_launcher.ipynb #da3a48f1
+# %% ../../nbs/training/06_launcher.ipynb #75cd4653
 COMMANDS = ("train", "evaluate")  # that several processes can share
 _ASKED = ("nproc_per_node", "nnodes", "node_rank", "master_addr")  # options that a recipe may decide
 
@@ -91,9 +91,12 @@ def complete_options(
     args.master_port = args.master_port or (recipe and recipe.port) or 29500
 
     # As many processes as asked for, each with a device of its own.
-    if not args.nproc_per_node.isdigit() or int(args.nproc_per_node) < 1:
-        raise ValueError(f"--processes must be a number above 0, got {args.nproc_per_node!r}")
-    n_processes = int(args.nproc_per_node)
+    try:
+        n_processes = determine_local_world_size(args.nproc_per_node)
+    except ValueError:
+        n_processes = 0
+    if n_processes < 1:
+        raise ValueError(f"--processes must be a number above 0, gpu, cpu or auto, got {args.nproc_per_node!r}")
     if 0 < n_gpus < n_processes:
         raise ValueError(f"{n_processes} processes were asked for, and this machine has {n_gpus} "
                          f"GPU{'s' if n_gpus > 1 else ''}: give --processes {n_gpus}, or a recipe for that many")
@@ -101,10 +104,11 @@ def complete_options(
         raise ValueError(f"{recipe.path} shares out weights over GPUs, and this machine has none; without --recipe, "
                          "--processes N starts that many processes on the CPU")
 
-# %% ../../nbs/training/06_launcher.ipynb #1ca220f9
+# %% ../../nbs/training/06_launcher.ipynb #36f8bdd7
 _SETTLE = 1.0  # seconds after a signal in which another one is taken for the same request
 _GRACE = 30.0  # seconds after a bad end until the other processes are terminated
 _LAST = 10.0  # seconds from then until they are killed
+_POLITE = (0, 130, 143)  # exit codes of a process that has finished, or was asked to stop
 
 
 class Agent(LocalElasticAgent):
@@ -124,10 +128,13 @@ class Agent(LocalElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         with self.lock:
+            handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
             before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))  # processes inherit this
             try:
                 return super()._start_workers(worker_group)
             finally:
+                for number, handler in handlers.items():  # older versions of torch set their own
+                    signal.signal(number, handler)
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def pass_on(self, number: int) -> None:
@@ -147,8 +154,12 @@ class Agent(LocalElasticAgent):
     def _end_the_late(self, codes: Sequence[int | None]) -> None:
         "Terminates, then kills, the processes that outlive a bad end or the patience."
         now = time.monotonic()
-        if any(codes) and self.terminate_at == float("inf"):
+        if any(code is not None and code not in _POLITE for code in codes) and self.terminate_at == float("inf"):
             self.terminate_at, self.kill_at = now + _GRACE, min(self.kill_at, now + _GRACE + _LAST)
+        elif any(codes) and self.kill_at == float("inf"):  # a signal on another machine
+            self.kill_at = now + self.patience
+
+        # Each is terminated once, and killed with whatever it has started.
         for number, (process, code) in enumerate(zip(self.processes, codes)):
             if code is None and now > self.kill_at:
                 self.killed.add(number)
@@ -163,17 +174,17 @@ class Agent(LocalElasticAgent):
         if None in codes:
             self._end_the_late(codes)
             return RunResult(state=WorkerState.HEALTHY)
-        if self.asked or any(code in (2, 130, 143) for code in codes):
+        if self.asked or any(code in (2, *_POLITE[1:]) for code in codes):
             self._remaining_restarts = 0  # whoever stops politely, or cannot begin, is not started again
         return super()._monitor_workers(worker_group)
 
     def clear(self) -> None:
         "Kills whatever processes are left, with what they have started."
         for process in self.processes:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(OSError):
                 os.killpg(process.pid, signal.SIGKILL)
 
-# %% ../../nbs/training/06_launcher.ipynb #0145c572
+# %% ../../nbs/training/06_launcher.ipynb #fa447283
 def make_agent(
     config: LaunchConfig,  # from torch's `config_from_args`
     command: Sequence[str],  # program and its words, the same for all processes
@@ -194,7 +205,7 @@ def make_agent(
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are heard by a thread
     return Agent(spec, config.logs_specs, patience)
 
-# %% ../../nbs/training/06_launcher.ipynb #0797bb3f
+# %% ../../nbs/training/06_launcher.ipynb #0bcf8933
 def _say(text: str) -> None:
     os.write(2, f"{text}\n".encode())
 
@@ -243,7 +254,8 @@ def launch(
         except (RendezvousError, torch.distributed.DistError) as error:
             raise ValueError(f"the machines did not find each other: {error}") from None
         finally:
-            agent.clear()
+            if not all(process.poll() == 0 for process in agent.processes):
+                agent.clear()
             agent._worker_group.spec.rdzv_handler.shutdown()
             logging.disable(logging.NOTSET)
         codes = [process.returncode for process in agent.processes]
@@ -257,7 +269,7 @@ def launch(
         _say(message)
     return code
 
-# %% ../../nbs/training/06_launcher.ipynb #048facc1
+# %% ../../nbs/training/06_launcher.ipynb #8fe30665
 _COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # what launchers name it
 
 
@@ -278,7 +290,7 @@ def check_processes(
         raise ValueError(f"{n_here} processes were started on a machine with {n_gpus} GPU{'s' if n_gpus > 1 else ''}; "
                          "start one for each GPU")
 
-# %% ../../nbs/training/06_launcher.ipynb #b0deb2c4
+# %% ../../nbs/training/06_launcher.ipynb #2ed86f1f
 def _amount(weights: Sequence[nn.Parameter]) -> str:
     "How many weights there are, and of which types."
     n_weights, types = sum(weight.numel() for weight in weights), {str(w.dtype).removeprefix("torch.") for w in weights}
@@ -295,7 +307,8 @@ def start_line(
     group_size: int,  # responses of a group
 ) -> str:
     "Processes, arrangement, types of the weights, and the share of a process in a step, in one line."
-    held = "FSDP2" if isinstance(model, FSDPModule) else "DDP" if isinstance(model, DistributedDataParallel) else "whole"
+    kinds = {FSDPModule: "FSDP2", DistributedDataParallel: "DDP", nn.Module: "whole"}
+    held = next(name for kind, name in kinds.items() if isinstance(model, kind))
     weights = list(model.parameters())
     low, rest = divmod(prompts_per_step, n_processes)
     groups = f"{low} to {low + 1}" if rest else str(low)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Workload', 'trace_update', 'trace_logits', 'trace_sampling', 'trace_encoder', 'ModelScale']
 
-# %% ../../nbs/training/09_moments.ipynb #d6e759b6
+# %% ../../nbs/training/09_moments.ipynb #7944d5df
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
 from functools import cache
@@ -22,7 +22,7 @@ from ..model.precision import hold_masters
 from ..model.rollout import complete
 from .scale import MemoryMeter, Moment, Weights, count_weights, weightless_policy
 
-# %% ../../nbs/training/09_moments.ipynb #ec1cfc98
+# %% ../../nbs/training/09_moments.ipynb #88cdf25c
 @dataclass(frozen=True)
 class Workload:
     "How much a process does at once."
@@ -55,7 +55,7 @@ def _prompt(policy: PolicyModel, work: Workload, length: int) -> tuple[Prompt, T
         features = torch.empty(n_visual, config.text_config.hidden_size, dtype=policy.dtype)
     return Prompt(ids, patches, grid, ("video",), (1.0,)), features
 
-# %% ../../nbs/training/09_moments.ipynb #44b85d59
+# %% ../../nbs/training/09_moments.ipynb #102509aa
 def _held_gradients(policy: PolicyModel) -> list[Tensor]:
     "Makes the gradients of all trained weights, as the second pass of an update finds them."
     trained = [p for p in policy.parameters() if p.requires_grad]
@@ -102,7 +102,7 @@ def trace_update(
         meter.mark("embeddings" if "layers" in meter.moments else "layers")
     for hook in hooks:
         hook.remove()
-    return {"embeddings": Moment(), **meter.moments}
+    return {name: meter.moments.get(name, Moment()) for name in ("forward", "loss", "layers", "embeddings")}
 
 
 def trace_logits(
@@ -120,7 +120,7 @@ def trace_logits(
     meter.mark("head")
     return meter.moments["head"].peak
 
-# %% ../../nbs/training/09_moments.ipynb #cdb3592b
+# %% ../../nbs/training/09_moments.ipynb #6c66f82b
 def trace_sampling(
     policy: PolicyModel,  # from `weightless_policy`
     work: Workload,  # sizes of the rollout
@@ -167,7 +167,7 @@ def _cache_bytes(cache: Cache) -> int:
     "Bytes of all keys and values."
     return sum(x.untyped_storage().nbytes() for layer in cache.layers for x in (layer.keys, layer.values))
 
-# %% ../../nbs/training/09_moments.ipynb #9a8d7519
+# %% ../../nbs/training/09_moments.ipynb #ca1e7fc0
 class ModelScale:
     "What a model needs, counted on tensors without numbers, once for each setting."
 
@@ -185,7 +185,7 @@ class ModelScale:
 
     def update(self, policy: PolicyConfig, work: Workload, masters: bool = False) -> dict[str, Moment]:
         "Moments of `trace_update`, for all layers."
-        return self._update(policy, replace(work, prompts_sampled=1), masters)
+        return self._update(_counted(policy), replace(work, prompts_sampled=1), masters)
 
     def logits(self, policy: PolicyConfig, work: Workload) -> int:
         "Bytes of `trace_logits`."
@@ -193,7 +193,7 @@ class ModelScale:
 
     def sampling(self, policy: PolicyConfig, work: Workload) -> dict[str, Moment]:
         "Moments of `trace_encoder` and `trace_sampling`, for all layers."
-        policy = replace(policy, gradient_checkpointing=False)
+        policy = replace(_counted(policy), gradient_checkpointing=False)
         one, two = (self._sampling(policy, replace(work, prompts_scored=1, prompts_sampled=n)) for n in (1, 2))
         return {name: _line(one[name], two[name], work.prompts_sampled - 1) for name in one}
 
@@ -220,6 +220,11 @@ class ModelScale:
         "The moments of all layers, from those of two and of three."
         two, three = (trace(weightless_policy(self.config, policy, n_layers=n)) for n in (2, 3))
         return {name: _line(two[name], three[name], self.n_layers - 2) for name in two}
+
+
+def _counted(policy: PolicyConfig) -> PolicyConfig:
+    "The settings that counts depend on, the others as they are by default."
+    return PolicyConfig(policy.dtype, policy.lora_rank, gradient_checkpointing=policy.gradient_checkpointing)
 
 
 def _line(first: Moment, second: Moment, steps: int) -> Moment:

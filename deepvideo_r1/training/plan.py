@@ -6,7 +6,7 @@
 __all__ = ['GPUS', 'USABLE', 'TEXT_TOKENS', 'PHASES', 'Parts', 'PARTS', 'GRADIENTS_STAY', 'UTILISATION', 'SECONDS_PER_KERNEL',
            'Gpu', 'find_gpu', 'Arrangement', 'recipe', 'workload', 'Times', 'Plan', 'make_plan']
 
-# %% ../../nbs/training/10_plan.ipynb #5e160262
+# %% ../../nbs/training/10_plan.ipynb #535faa32
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from ..config import RunConfig
 from .moments import ModelScale, Workload
 from .scale import find_config
 
-# %% ../../nbs/training/10_plan.ipynb #e613c219
+# %% ../../nbs/training/10_plan.ipynb #18f4fb34
 class Gpu(NamedTuple):
     "A graphics card; the speeds are those of its data sheet, 0 where they are not known."
     name: str  # as people call it
@@ -52,7 +52,7 @@ def find_gpu(
         raise ValueError(f"gpu is {name!r}, allowed are {', '.join(GPUS)}, or its memory as a number of GB")
     return Gpu(f"GPU of {size:g} GB", int(size * _GiB))
 
-# %% ../../nbs/training/10_plan.ipynb #499c79b6
+# %% ../../nbs/training/10_plan.ipynb #9649eb45
 @dataclass(frozen=True)
 class Arrangement:
     "How many processes train, each with a GPU of its own, and who holds what."
@@ -86,7 +86,7 @@ def recipe(
     name, usual = ("2nodes", 16) if size > 8 else (f"{size}gpu", size)
     return f"recipes/{name}_fsdp2.yaml" + (f" with {n_processes} processes" if n_processes != usual else "")
 
-# %% ../../nbs/training/10_plan.ipynb #93538850
+# %% ../../nbs/training/10_plan.ipynb #62fb1f56
 TEXT_TOKENS = 152  # tokens of a prompt that are text: template, question and options
 
 
@@ -104,7 +104,7 @@ def workload(
     return Workload(tokens, side, min(TEXT_TOKENS, tokens), config.rollout.group_size, config.rollout.max_tokens,
                     min(n_prompts, at_once), min(n_prompts, config.train.prompts_per_forward))
 
-# %% ../../nbs/training/10_plan.ipynb #c1b9a7b3
+# %% ../../nbs/training/10_plan.ipynb #21f1733d
 PHASES = {  # moments of a training step -> what is being done
     "rollout": "sampling", "loss": "the head, forward and backward", "layers": "the layers' backward pass",
     "embeddings": "the embeddings' backward pass", "optimizer": "AdamW's step", "save": "writing a checkpoint"}
@@ -182,7 +182,7 @@ class _Counter:
         return {"rollout": resident | self.rollout(), **update, "optimizer": resident | gradients | roots,
                 "save": resident | {"gathered units": whole}}
 
-# %% ../../nbs/training/10_plan.ipynb #8ee2af8c
+# %% ../../nbs/training/10_plan.ipynb #35652002
 class Times(NamedTuple):
     "Estimated seconds of a training step."
     encode: float  # videos and prompts

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BASES', 'base_config', 'find_config', 'Moment', 'MemoryMeter', 'weightless_policy', 'Weights', 'count_weights']
 
-# %% ../../nbs/training/07_scale.ipynb #66999aa6
+# %% ../../nbs/training/07_scale.ipynb #518b8e99
 import copy
 import warnings
 import weakref
@@ -30,7 +30,7 @@ from ..model.policy import PolicyModel
 from ..model.source import check_name, find_adapter
 from ..model.weights import FAMILIES, checked_config
 
-# %% ../../nbs/training/07_scale.ipynb #0040f063
+# %% ../../nbs/training/07_scale.ipynb #8f8100c1
 _NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
           "vocab_size", "tie_word_embeddings")
 _BASES = {  # hub id -> family, values of `_NAMES`, MLP width of the encoder
@@ -77,7 +77,7 @@ def find_config(
         return find_config(adapter.base)[0], int(adapter.settings.get("r") or 0)
     return checked_config(model), 0
 
-# %% ../../nbs/training/07_scale.ipynb #aa47d406
+# %% ../../nbs/training/07_scale.ipynb #f56c1a9b
 @dataclass
 class Moment:
     "What was counted between two marks of a `MemoryMeter`."
@@ -140,7 +140,7 @@ def _flops(packet: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:
         return sdpa_flop_count(*(x.shape for x in args[1:4])) * 5 // 2  # five matrix products where the forward has two
     return 0
 
-# %% ../../nbs/training/07_scale.ipynb #aecf59f5
+# %% ../../nbs/training/07_scale.ipynb #8ffe98a7
 def _replace_weights(module: nn.Module, mode: FakeTensorMode) -> None:
     "Gives a model of the meta device tensors that behave like a CPU's and hold no numbers; ties stay."
     replaced: dict[int, Tensor] = {}
@@ -174,13 +174,13 @@ def weightless_policy(
 
     # as `load_policy` sets it up
     hf.set_attn_implementation({"text_config": "shared_prefix", "vision_config": "sdpa"})
-    if policy.gradient_checkpointing:
-        with warnings.catch_warnings(action="ignore"):  # newer versions of transformers have other names for it
+    with warnings.catch_warnings(action="ignore"):  # newer versions of transformers have other names for checkpointing
+        if policy.gradient_checkpointing:
             hf.gradient_checkpointing_enable({"use_reentrant": False})
             hf.enable_input_require_grads()
-    if policy.lora_rank:
-        lora = LoraConfig(r=policy.lora_rank, lora_alpha=policy.lora_alpha, target_modules=LORA_TARGETS)
-        hf = add_adapter(hf, lora)
+        if policy.lora_rank:
+            lora = LoraConfig(r=policy.lora_rank, lora_alpha=policy.lora_alpha, target_modules=LORA_TARGETS)
+            hf = add_adapter(hf, lora)
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     if fake:
@@ -189,7 +189,7 @@ def weightless_policy(
     made.fake_mode = mode
     return made
 
-# %% ../../nbs/training/07_scale.ipynb #476ad8ca
+# %% ../../nbs/training/07_scale.ipynb #bcdd4bca
 class Weights(NamedTuple):
     "How many weights a policy has."
     trained: int  # weights that the optimizer changes
