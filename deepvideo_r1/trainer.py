@@ -10,7 +10,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -104,10 +104,11 @@ class Trainer:
         check_accelerator(self.accelerator)
         self.learner = make_learner(policy, self.accelerator, objective, train)
         self.policy, load = self.learner.policy, visuals_loader(prompt)
-        self.feed = ClipFeed(samples, lambda sample: load(sample, processor), self.ask,
+        self.feed = ClipFeed(samples, lambda sample: load(sample, processor, timeout=train.clip_timeout), self.ask,
                              prompts_per_step=train.prompts_per_step, seed=train.seed,
                              max_bad_share=train.max_bad_share, rank=self.accelerator.process_index,
-                             n_processes=self.accelerator.num_processes)
+                             n_processes=self.accelerator.num_processes, workers=train.workers,
+                             ahead_bytes=int(train.ahead_gb * 1e9), n_steps=train.steps)
         self.state = TrainerState(ReplayBuffer(augment.window, min_groups=augment.min_groups), self.feed.seen)
 
     def step(self) -> dict[str, float]:
@@ -298,7 +299,7 @@ def fit(
         held_out.begin(saved, is_main=is_main)
 
     told = lambda: f"stopped after {state.next_step} steps; the same command continues"
-    with stop_flag() as asked:
+    with stop_flag() as asked, closing(trainer.feed):
         while True:
             # A signal ends a long wait within an evaluation or a step, on all processes, and no work is lost.
             try:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from test_clips import film
+from test_trainer import figures, make_trainer, same, weights  # noqa: F401
 from test_video import hang, moving_square, write_video
 
 from deepvideo_r1.config import PromptConfig
@@ -26,6 +27,7 @@ from deepvideo_r1.data.read_ahead import ReadAhead
 from deepvideo_r1.data.video import VideoError, read_video
 from deepvideo_r1.model.prompt import load_processor
 from deepvideo_r1.support.interrupts import Stopped, TrainingError, stop_flag
+from deepvideo_r1.trainer import fit
 from deepvideo_r1.training import feed as feed_module
 from deepvideo_r1.training.feed import AHEAD_STEPS, ClipFeed, step_indices
 
@@ -416,3 +418,37 @@ def test_memory_of_worker_and_parent_stays_small_for_large_frames(tmp_path, n_fr
     ahead.close()
     assert len(clip.frames) == n_frames and path.stat().st_size > 0
     assert max(above) < 400, above
+
+# --- the trainer --------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_the_same_with_and_without_reading_ahead(make_trainer, tmp_path):
+    runs = [make_trainer(tmp_path / f"{workers}", workers=workers) for workers in (0, 3)]
+    assert figures(fit(runs[0])) == figures(fit(runs[1])) and same(weights(runs[0]), weights(runs[1]))
+    assert runs[1].feed.ahead._outcomes == {}  # closed at the end
+
+
+@pytest.mark.parametrize("train", [dict(workers=0), dict(workers=2, ahead_gb=1e-9)])
+def test_a_run_that_waits_for_a_clip_is_saved_at_a_signal_and_continues(make_trainer, tmp_path, monkeypatch, train):
+    whole = fit(make_trainer(tmp_path / "whole", **train))
+
+    def hang_from_now_on(row):
+        if row["step"] == 1:
+            monkeypatch.setattr("deepvideo_r1.data.visuals.read_video", hang)
+            threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    started = time.perf_counter()
+    with pytest.raises(Stopped, match="stopped after 2 steps; the same command continues") as caught:
+        fit(make_trainer(tmp_path / "parts", **train), on_step=hang_from_now_on)
+    assert caught.value.number == signal.SIGTERM and time.perf_counter() - started < 20
+    monkeypatch.undo()
+    assert figures(fit(make_trainer(tmp_path / "parts", **train))) == figures(whole)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_clips_that_hang_are_bad_clips_of_the_run(make_trainer, tmp_path, monkeypatch, workers):
+    monkeypatch.setattr("deepvideo_r1.data.visuals.read_video", hang)
+    trainer = make_trainer(tmp_path, workers=workers, clip_timeout=0.5)
+    with pytest.raises(TrainingError, match="reading took more than 0.5 seconds and was cut off"):
+        fit(trainer)
+    assert len(trainer.feed.seen.bad) == 4

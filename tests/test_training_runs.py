@@ -386,9 +386,11 @@ def test_a_log_has_a_line_for_the_first_and_last_step_and_for_each_evaluation(tr
              "--eval.data", str(tiny_world / "L1.jsonl"), "--eval.every", "2", "--eval.metric", "format"]
     assert main(words) == 0
     done = capsys.readouterr()
-    starts = [line.partition(":")[0] for line in done.err.splitlines()]
+    first, *lines = done.err.splitlines()
+    assert first.startswith("1 process, whole on ")
+    starts = [line.partition(":")[0] for line in lines]
     assert starts == ["evaluation at step 0", "step 1 of 3", "evaluation at step 2", "step 3 of 3", "evaluation at step 3"]
-    last = done.err.splitlines()[3]
+    last = lines[3]
     assert all(f"{name} " in last for name in ("reward", "vanishing", "KL", "evaluation accuracy", "tokens/s", "time left"))
     out = tmp_path / "run"
     assert done.out == f"model: {out / 'model'}\nbest: {out / 'best'}\nmetrics: {out / 'metrics.jsonl'}\n"

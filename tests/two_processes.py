@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
@@ -77,7 +77,7 @@ def make_trainer(case: str, model: Path, questions: Path, directory: Path, shard
     return Trainer(policy, load_processor(model), samples, directory, augment=augment,
                    train=TrainConfig(**settings | NO_LIMIT | train), prompt=PromptConfig("plain"),
                    rollout=RolloutConfig(3, max_tokens=24), objective=ObjectiveConfig(name, kl_coef=0.1, length_norm="token" if "tokens" in case else "response"),
-                   accelerator=sharding_accelerator() if sharded else Accelerator(cpu=True))
+                   accelerator=sharding_accelerator() if sharded else Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)]))
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

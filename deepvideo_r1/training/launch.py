@@ -12,7 +12,8 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs)
 
 # %% ../../nbs/training/04_launch.ipynb #5216b4a2
 RECIPE = "recipes/8gpu_fsdp2.yaml (FSDP2)"
@@ -87,7 +88,8 @@ def make_accelerator(
                          "recipes/1gpu.yaml, or torchrun on CPUs")
     accelerator = Accelerator(
         cpu=n_started > 1 and _lacks_gpu(), mixed_precision="no",
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout),
+                         DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # no second copy of gradients
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
     if accelerator.num_processes != n_started:
         raise ValueError(f"a launcher started {n_started} processes and accelerate found {accelerator.num_processes}; "

@@ -93,6 +93,7 @@ class Learner(NamedTuple):
         from_reference: bool = False,  # the reference samples too
     ) -> Iterator[None]:
         "A `with` block for all sampling of a step: all weights are there in the type of computation, gathered once."
+        self.optimizer.zero_grad()  # the last update's gradients need as much memory as the weights
         with ExitStack() as stack:
             stack.enter_context(gathered(self.policy))
             if self.masters is not None:
