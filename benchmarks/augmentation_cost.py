@@ -63,7 +63,7 @@ def main(settings: Settings) -> None:
                                   objective=toy.reg_grpo, augment=augment, accelerator=Accelerator(cpu=True))
                     for name, augment in variants(toy.augment).items()}
         for trainer in trainers.values():  # every clip stays in memory: reading files is not measured
-            trainer.feed.visuals = functools.cache(trainer.feed.visuals.__wrapped__)
+            trainer.feed.visuals = functools.cache(trainer.feed.visuals)
         counters = {name: count_videos(trainer) for name, trainer in trainers.items()}
         rows: dict[str, list[dict[str, float]]] = {name: [] for name in trainers}
         for step in range(WARM_UP + steps):

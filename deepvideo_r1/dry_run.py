@@ -255,9 +255,10 @@ def show_dry_run(
     # What would happen.
     train, rollout = config.train, config.rollout
     second = "and a second group for each where the augmentation says so, " if config.augment.enabled else ""
-    print(f"the run: {train.steps} steps of {train.prompts_per_step} prompts with {rollout.group_size} responses of up to "
-          f"{rollout.max_tokens} tokens, {second}{config.objective.name}, {train.inner_updates} updates a step at "
-          f"{train.learning_rate:g}, a checkpoint every {train.save_every} steps, {n_processes} processes; into {config.out}")
+    print(f"the run: {train.steps} steps of {train.prompts_per_step} prompts with {rollout.group_size} responses of up "
+          f"to {rollout.max_tokens} tokens, {second}{config.objective.name}, {train.inner_updates} updates a step at "
+          f"{train.learning_rate:g}, a checkpoint every {train.save_every} steps, {n_processes} processes; into "
+          f"{config.out}")
     if failed:
         print(f"{failed} checks failed, nothing was started", file=sys.stderr)
     return 2 if failed else 0

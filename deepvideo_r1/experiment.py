@@ -105,7 +105,8 @@ def build_trainer(
 CHANGEABLE = (
     "strict", "policy.gradient_checkpointing", "policy.attention", "rollout.batch_rows", "train.prompts_per_forward",
     "train.save_every", "train.keep_checkpoints", "train.max_bad_share", "train.max_sampler_gap", "train.max_kl",
-    "train.max_truncated", "train.timeout_minutes", "train.skip_plan", "train.workers", "train.clip_timeout", "train.ahead_gb",
+    "train.max_truncated", "train.timeout_minutes", "train.skip_plan", "train.workers", "train.clip_timeout",
+    "train.ahead_gb",
     "eval.data", "eval.split", "eval.every", "eval.questions", "eval.temperature", "eval.n_responses", "eval.metric",
     "eval.samples", "trackers")
 

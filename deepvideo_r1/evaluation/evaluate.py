@@ -216,6 +216,7 @@ def _evaluate(
         stopped = stopped or Stopped("stopped with another process; the same command continues", numbers[0])
     if stopped:
         raise stopped
+    wait()
     if is_first and (n_others := collect_rows(path, samples, drop_others=True)):
         say(f"{n_others} rows of questions that are not asked any more were left out")
     wait()

@@ -6,6 +6,7 @@
 __all__ = ['TRAINED', 'BELOW', 'START', 'tuned_layers', 'add_adapter', 'active_adapters', 'keep_start', 'save_adapters']
 
 # %% ../../nbs/model/09_adapters.ipynb #1d1b9824
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -25,7 +26,8 @@ TRAINED, BELOW, START = "default", "below", "start"  # "default" is peft's own n
 
 def _put(hf: nn.Module, config: LoraConfig, name: str, seed: int = 0) -> PeftModel:
     "The model with one more adapter, whose first weights come from a seed of their own."
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for an attribute by its old name
         torch.manual_seed(seed)
         if not isinstance(hf, PeftModel):
             return get_peft_model(hf, config, adapter_name=name)

@@ -226,7 +226,8 @@ def load_policy(
     _check_match(path, hf, processor)
     hf.set_attn_implementation({"text_config": "shared_prefix", "vision_config": "sdpa"})
     if gradient_checkpointing:
-        hf.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(hf, "activation_checkpointing_enable", None) or hf.gradient_checkpointing_enable  # old name
+        enable({"use_reentrant": False})
         hf.enable_input_require_grads()
 
     # a saved adapter, to be trained or to be stacked on; a new one with its own seed
