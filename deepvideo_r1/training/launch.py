@@ -46,8 +46,9 @@ def check_launcher() -> None:
                          "needs the same memory")
     if _is_set("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
         raise ValueError(f"accelerate is set to use FSDP1, which the trainer does not support; use {RECIPE}")
-    unsupported = {"ACCELERATE_USE_MEGATRON_LM": "Megatron-LM", "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config",
-                   "FSDP_ACTIVATION_CHECKPOINTING": "FSDP's activation checkpointing"}
+    unsupported = {
+        "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM", "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config",
+        "FSDP_ACTIVATION_CHECKPOINTING": "FSDP's activation checkpointing"}
     for variable, name in unsupported.items():
         if _is_set(variable):
             raise ValueError(f"accelerate is set to use {name}, which the trainer does not support; use {RECIPE}, and "
