@@ -15,6 +15,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,7 +84,7 @@ def train(config: Annotated[RunConfig, tyro.conf.arg(name="")]) -> None:
     from deepvideo_r1.training.launcher import check_processes
 
     check_processes()
-    accelerator = make_accelerator()
+    accelerator = make_accelerator(timedelta(minutes=config.train.timeout_minutes))
     data = config.data if isinstance(config.data, str) else " ".join(config.data)
 
     def tell_start(trainer: Any) -> None:

@@ -13,7 +13,8 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +35,7 @@ from .model.policy import PolicyModel, load_policy, save_policy
 from .model.processor import Processor, load_processor
 from .model.weights import FAMILIES
 from .reward import load_reward, try_reward
+from .support.checkpoint import whole_checkpoints
 from .support.interrupts import TrainingError
 from .support.trackers import check_trackers
 from .trainer import Trainer, fit
@@ -125,7 +127,9 @@ def check_disk(
 ) -> str:
     "Room needed and room there; raises `ValueError` where it is not enough."
     folder = next(path for path in (Path(config.out), *Path(config.out).absolute().parents) if path.is_dir())
-    needed, free = sum(plan.disk.values()), shutil.disk_usage(folder).free
+    saved = len(whole_checkpoints(Path(config.out) / "checkpoints"))
+    one = plan.disk["checkpoints"] // max(2, config.train.keep_checkpoints)
+    needed, free = max(0, sum(plan.disk.values()) - saved * one), shutil.disk_usage(folder).free
     text = f"checkpoints and model need {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free"
     if needed > free:
         raise ValueError(f"{text}; name a directory on another disk, or keep fewer checkpoints")
@@ -168,8 +172,7 @@ def check_step(
     "What one step of a shrunken model gave; raises whatever a step of the run would raise."
     with tempfile.TemporaryDirectory() as folder:
         small, processor = write_shrunken(config.model, Path(folder) / "small"), load_processor(config.model)
-        policy = load_policy(small, dtype=config.policy.dtype, lora_rank=config.policy.lora_rank,
-                             gradient_checkpointing=config.policy.gradient_checkpointing)
+        policy = load_policy(small, temperature=config.rollout.temperature, **asdict(config.policy))
         questions = _first_askable(config, samples, policy, processor)
 
         # The run's own settings, for one step of two prompts with short responses.
@@ -239,6 +242,18 @@ def dry_run(
             yield Check(name, False, " ".join(str(error).split()))
 
 # %% ../nbs/13a_dry_run.ipynb #1b48cea6
+@contextmanager
+def _alone() -> Iterator[None]:
+    "A `with` block in which this process does not know that a launcher has started others."
+    names = [name for name in os.environ if name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+             or name.startswith(("ACCELERATE_", "FSDP_", "MASTER_"))]
+    before = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(before)
+
+
 def show_dry_run(
     config: RunConfig,  # settings of the run
 ) -> int:  # exit code: 0, or 2 where a check has failed
@@ -248,9 +263,10 @@ def show_dry_run(
         return 0
     gpu_bytes = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
     sharded, failed = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true", 0
-    for check in dry_run(config, n_processes=n_processes, sharded=sharded, gpu_bytes=gpu_bytes):
-        print(f"{'ok' if check.good else 'FAIL':5}{check.name:11}{check.text}", flush=True)
-        failed += not check.good
+    with _alone():
+        for check in dry_run(config, n_processes=n_processes, sharded=sharded, gpu_bytes=gpu_bytes):
+            print(f"{'ok' if check.good else 'FAIL':5}{check.name:11}{check.text}", flush=True)
+            failed += not check.good
 
     # What would happen.
     train, rollout = config.train, config.rollout

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHANGEABLE', 'RunParts', 'read_questions', 'read_held_out', 'read_parts', 'build_trainer', 'growing',
-           'check_directory', 'check_room', 'describe_start', 'check_plan', 'run_training']
+           'check_directory', 'check_room', 'describe_start', 'check_plan', 'check_shared', 'run_training']
 
 # %% ../nbs/13_experiment.ipynb #27eebdce
 import json
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from peft import PeftModel
 
 from .config import RunConfig
@@ -229,6 +230,17 @@ def check_plan(
             raise ValueError(f"this run does not fit its GPUs: {cause}. --train.skip-plan starts it all the same")
 
 
+def check_shared(
+    config: RunConfig,  # config of the run, which the first process has written
+    accelerator: Accelerator,  # of the run
+) -> None:
+    "Waits for all processes; all raise `ValueError` where one of them does not see the directory of the run."
+    accelerator.wait_for_everyone()
+    is_seen = (Path(config.out) / "config.json").exists()
+    if blind := [rank for rank, sees in enumerate(gather_object([is_seen])) if not sees]:
+        raise ValueError(f"process {blind[0]} does not see {config.out}: all machines of a run need the same file system")
+
+
 def run_training(
     config: RunConfig,  # config of the run
     *,
@@ -259,7 +271,7 @@ def run_training(
             check_room(trainer, keeps_best=parts.held_out is not None)
             if on_start:
                 on_start(trainer)
-        accelerator.wait_for_everyone()
+        check_shared(config, accelerator)
         trackers = stack.enter_context(closing(Trackers(config.trackers, config.out, asdict(config))))
         held_out = _held_out(config, trainer, parts.held_out, _telling(trackers, "eval", on_evaluation))
         fit(trainer, on_step=_telling(trackers, "train", on_step), held_out=held_out)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .augment import augment_groups
@@ -225,16 +226,29 @@ def _newest_for_all(trainer: Trainer, before: Path | None) -> Path | None:
     return newest
 
 
+_DAMAGE = (DamagedFileError, SafetensorError, LookupError, TypeError, AttributeError, FileNotFoundError)
+
+
 def _load_from(trainer: Trainer, checkpoint: Path) -> str | None:
-    "Replaces the trainer's state; returns what a process could not read, if any."
-    trouble, optimizer = None, trainer.learner.optimizer
+    """Replaces the trainer's state; returns what a process found damaged, if anything.
+
+    Raises `TrainingError` on all processes where one of them cannot load a file that is not damaged.
+    """
+    damage, cause, optimizer = None, None, trainer.learner.optimizer
+    tell = lambda error: f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     try:
         state = read_json_file(checkpoint / "trainer.json")
         load_state(checkpoint, trainer.policy, getattr(optimizer, "optimizer", optimizer))
         trainer.state.load_state_dict(state)
-    except Exception as error:  # whatever a loader says about a damaged file
-        trouble = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return next(filter(None, gather_object([trouble])), None)
+    except _DAMAGE as error:
+        damage = tell(error)
+    except Exception as error:  # other weights, no memory, a disk that does not answer
+        cause = tell(error)
+
+    outcomes = gather_object([(damage, cause)])
+    if causes := [cause for _, cause in outcomes if cause]:
+        raise TrainingError(f"{checkpoint} is whole and cannot be loaded here ({causes[0]}); it stays as it is")
+    return next((damage for damage, _ in outcomes if damage), None)
 
 
 def load_checkpoint(

@@ -64,6 +64,9 @@ def test_the_command(config, capsys, trained_model, tiny_world, tmp_path):
     assert "the run: 50 steps of 16 prompts with 4 responses" in capsys.readouterr().out
     command = [sys.executable, "-m", "deepvideo_r1", "launch", "--processes", "2", "train", "--dry-run", "--preset", "tiny_cpu",
                "--model", trained_model, "--data", tmp_path / "no.jsonl", "--out", tmp_path / "out"]
+    good = [str(tiny_world / "rl.jsonl") if word == tmp_path / "no.jsonl" else str(word) for word in command]
+    done = subprocess.run(good, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.count("one step of a shrunken model") == 1, done.stderr
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stdout.count("FAIL questions") == 1 and "Traceback" not in done.stderr, done.stderr
     assert "2 processes" in done.stdout and not (tmp_path / "out").exists()

@@ -23,7 +23,7 @@ from deepvideo_r1.model.prompt import load_processor
 from deepvideo_r1.reward import score
 from deepvideo_r1.support.checkpoint import publish_checkpoint, whole_checkpoints
 from deepvideo_r1.support.clock import repeatable
-from deepvideo_r1.support.files import DamagedFileError, read_jsonl
+from deepvideo_r1.support.files import read_jsonl
 from deepvideo_r1.support.interrupts import Stopped
 from deepvideo_r1.trainer import Trainer, TrainingError, fit, load_checkpoint
 from deepvideo_r1.training.feed import step_indices
@@ -154,9 +154,18 @@ def test_a_checkpoint_with_other_weights_is_not_used(make_trainer, tmp_path):
     (newest / "state.json").write_text(json.dumps(index))
     (newest / "MANIFEST.json").unlink()
     publish_checkpoint(newest.rename(tmp_path / "aside"), newest, 2)
-    with (pytest.warns(UserWarning, match="holds other trained weights than this run: 1 differ"),
-          pytest.raises(DamagedFileError, match="no checkpoint is undamaged")):
+    with pytest.raises(TrainingError, match="cannot be loaded here .*holds other trained weights than this run: 1 differ"):
         fit(make_trainer(tmp_path, steps=2))
+    assert newest.is_dir()  # it stays as it is
+
+
+def test_a_lack_of_memory_is_no_damage(make_trainer, tmp_path, monkeypatch):
+    fit(make_trainer(tmp_path, steps=2))
+    monkeypatch.setattr(trainer_module, "load_state", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
+    with pytest.raises(TrainingError, match="is whole and cannot be loaded here .OutOfMemoryError: no room"):
+        fit(make_trainer(tmp_path, steps=4))
+    monkeypatch.undo()
+    assert len(fit(make_trainer(tmp_path, steps=4))) == 4
 
 
 def test_the_seed_decides_everything(make_trainer, tmp_path):

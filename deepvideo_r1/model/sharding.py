@@ -84,3 +84,5 @@ def gathered(
         for unit in units:
             unit.set_reshard_after_forward(True, recurse=False)
             unit.reshard()
+        if units and hasattr(policy, "reset_iter_state"):
+            policy.reset_iter_state()  # of forward passes that no backward pass will follow

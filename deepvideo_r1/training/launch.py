@@ -19,8 +19,8 @@ from accelerate.utils import (
 RECIPE = "recipes/8gpu_fsdp2.yaml (FSDP2)"
 
 
-def _is_set(name: str) -> bool:
-    return os.environ.get(name, "false").lower() in ("1", "true", "yes")
+def _is_set(name: str, default: str = "false") -> bool:
+    return os.environ.get(name, default).lower() in ("1", "true", "yes")
 
 
 def check_launcher() -> None:
@@ -48,11 +48,15 @@ def check_launcher() -> None:
         raise ValueError(f"accelerate is set to use FSDP1, which the trainer does not support; use {RECIPE}")
     unsupported = {
         "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM", "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config",
-        "FSDP_ACTIVATION_CHECKPOINTING": "FSDP's activation checkpointing"}
+        "FSDP_ACTIVATION_CHECKPOINTING": "fsdp_activation_checkpointing (policy.gradient_checkpointing does it)",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "fsdp_cpu_ram_efficient_loading (it unties the head; set it to false)",
+        "FSDP_OFFLOAD_PARAMS": "fsdp_offload_params (set it to false)"}
     for variable, name in unsupported.items():
-        if _is_set(variable):
-            raise ValueError(f"accelerate is set to use {name}, which the trainer does not support; use {RECIPE}, and "
-                             "policy.gradient_checkpointing for activations")
+        if _is_set(variable) and (_is_set("ACCELERATE_USE_FSDP") or not variable.startswith("FSDP")):
+            raise ValueError(f"accelerate is set to use {name}, which the trainer does not support; use {RECIPE}")
+    if _is_set("ACCELERATE_USE_FSDP") and not _is_set("FSDP_RESHARD_AFTER_FORWARD", "true"):
+        raise ValueError("accelerate's fsdp_reshard_after_forward is false, it must be true: a unit is whole only while "
+                         "it computes, and all of them are whole while a step samples")
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         raise ValueError("accelerate is set to compile the model (dynamo_backend), which the trainer does not support; "
                          "set it to 'no'")

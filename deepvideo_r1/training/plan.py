@@ -126,11 +126,13 @@ class _Counter:
         self.all_weights = (self.weights.trained + self.weights.frozen) * self.size
 
     def resident(self) -> Parts:
-        "What is there all the time."
+        "What is there all the time; under DDP the gradients too, which are views of its buckets."
+        is_ddp = self.arrangement.n_processes > 1 and not self.arrangement.sharded
         needed = needs_reference(self.config.objective) and not self.is_lora
         masters = int(4 * self.weights.trained * self.shared)
         return {"frozen weights": int(self.weights.frozen * self.size * self.shared), "float32 weights": masters,
-                "reference": int(self.all_weights * self.shared) if needed else 0, "AdamW states": 2 * masters}
+                "reference": int(self.all_weights * self.shared) if needed else 0, "AdamW states": 2 * masters,
+                "gradients": masters if is_ddp else 0}
 
     def rollout(self) -> Parts:
         "Encoding videos, reading prompts or writing the last tokens, whichever needs most."

@@ -93,7 +93,7 @@ class Learner(NamedTuple):
         from_reference: bool = False,  # the reference samples too
     ) -> Iterator[None]:
         "A `with` block for all sampling of a step: all weights are there in the type of computation, gathered once."
-        self.optimizer.zero_grad()  # the last update's gradients need as much memory as the weights
+        self.optimizer.zero_grad()  # frees the gradients of the last update; DDP keeps their memory
         with ExitStack() as stack:
             stack.enter_context(gathered(self.policy))
             if self.masters is not None:
@@ -109,10 +109,16 @@ def make_learner(
     objective: ObjectiveConfig = ObjectiveConfig(),  # says whether a reference is needed
     train: TrainConfig = TrainConfig(),  # settings of the optimizer
 ) -> Learner:
-    "The policy with float32 weights where it is trained, as accelerate wraps it, with its optimizer and its reference."
+    """The policy with float32 weights where it is trained, as accelerate wraps it, with its optimizer and its reference.
+
+    Raises `ValueError` for an encoder that is trained in several processes: one without a video would not take part.
+    """
+    if policy.train_vision and accelerator.num_processes > 1:
+        raise ValueError(f"train_vision is on with {accelerator.num_processes} processes, which is not supported: a "
+                         "process whose questions have no video would leave the others waiting; use one process")
     reference = Reference(policy, accelerator, needed=needs_reference(objective))
     masters = hold_masters(policy, casts=not accelerator.is_fsdp2)  # FSDP2 casts itself
-    trained = [p for p in policy.parameters() if p.requires_grad]
+    trained = (p for p in policy.parameters() if p.requires_grad)  # no list: FSDP2 frees each weight as it shares it out
     betas = (train.beta1, train.beta2)
     optimizer = torch.optim.AdamW(trained, lr=train.learning_rate, betas=betas, weight_decay=train.weight_decay)
     prepare = prepare_sharded if accelerator.is_fsdp2 else lambda *parts: accelerator.prepare(*parts[:2])

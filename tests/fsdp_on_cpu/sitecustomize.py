@@ -5,7 +5,7 @@ accelerate offers FSDP2 on GPUs only. It decides by a state of its own, which is
 import os
 import sys
 
-if "deepvideo_r1" in " ".join(sys.orig_argv) or "deepvideo-r1" in " ".join(sys.orig_argv):
+if any(word == "deepvideo_r1" or word.endswith("deepvideo-r1") for word in sys.orig_argv):  # not what it starts itself
     from deepvideo_r1.training import launch
 
     launch._lacks_gpu = lambda: False
