@@ -223,7 +223,7 @@ class AugmentConfig:
 @dataclass(frozen=True)
 class PolicyConfig:
     "How the checkpoint is loaded."
-    dtype: Literal["float32", "bfloat16"] = "float32"  # number type of the weights
+    dtype: Literal["float32", "bfloat16"] = "float32"  # number type of computation; trained weights are float32
     lora_rank: int = 0  # rank of LoRA adapters; 0 trains all weights of the language model
     lora_alpha: int = 32  # LoRA alpha; the adapters are scaled by alpha / rank
     gradient_checkpointing: bool = False  # recompute activations in the backward pass, to save memory
@@ -311,7 +311,7 @@ def paper_3b(model: str = "Qwen/Qwen2.5-VL-3B-Instruct", data: str = tyro.MISSIN
     return RunConfig(
         model, data, policy=PolicyConfig("bfloat16", gradient_checkpointing=True),
         objective=ObjectiveConfig("reg_grpo", kl_coef=0.1), augment=AugmentConfig(enabled=True),
-        train=TrainConfig(steps=750, prompts_per_step=8, learning_rate=1e-6))
+        train=TrainConfig(steps=750, prompts_per_step=8, learning_rate=1e-6, save_every=100))
 
 
 def paper_7b(model: str = "Qwen/Qwen2.5-VL-7B-Instruct", data: str = tyro.MISSING) -> RunConfig:

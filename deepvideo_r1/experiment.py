@@ -238,7 +238,8 @@ def check_shared(
     accelerator.wait_for_everyone()
     is_seen = (Path(config.out) / "config.json").exists()
     if blind := [rank for rank, sees in enumerate(gather_object([is_seen])) if not sees]:
-        raise ValueError(f"process {blind[0]} does not see {config.out}: all machines of a run need the same file system")
+        raise ValueError(f"process {blind[0]} does not see {config.out}: all machines of a run need the same file "
+                         "system")
 
 
 def run_training(

@@ -97,8 +97,8 @@ def make_accelerator(
                          DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # no second copy of gradients
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
     if accelerator.num_processes != n_started:
-        raise ValueError(f"a launcher started {n_started} processes and accelerate found {accelerator.num_processes}; "
-                         "start them with torchrun, or with accelerate launch on graphics cards")
+        raise ValueError(f"a launcher started {n_started} and accelerate found {accelerator.num_processes} processes; "
+                         "start them with: deepvideo-r1 launch --processes N train ...")
     if shards and not accelerator.is_fsdp2 and n_started > 1:
         raise ValueError(f"accelerate is set to use FSDP2 and gave {accelerator.distributed_type.value}; use {RECIPE}")
     return accelerator

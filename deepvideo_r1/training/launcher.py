@@ -48,10 +48,12 @@ def parse_options(
     "The options of the launcher, with the command of the processes; raises `ValueError` for a wrong one."
     parser = get_args_parser()
     parser.prog, parser.description = "deepvideo-r1 launch", "Start train or evaluate in several processes."
-    parser.usage = "deepvideo-r1 launch [--processes N] [--recipe FILE] [--patience S] [options] train|evaluate ..."
-    parser.add_argument("--processes", dest="nproc_per_node", default=argparse.SUPPRESS,
+    parser.usage = ("deepvideo-r1 launch [--processes N] [--recipe NAME|FILE] [--patience S] [options of torchrun] "
+                    "train|evaluate ...\n\nFor example: deepvideo-r1 launch --recipe 8gpu_fsdp2 train --config FILE")
+    parser.add_argument("--processes", dest="nproc_per_node", default=argparse.SUPPRESS, metavar="N",
                         help="Processes on this machine. Default: the recipe's number, or one for each GPU.")
-    parser.add_argument("--recipe", help="accelerate file, or the name of one in recipes/.")
+    parser.add_argument("--recipe", metavar="NAME|FILE", help="accelerate file, or the name of one in recipes/: 1gpu, "
+                        "4gpu_fsdp2, 8gpu_fsdp2, 2nodes_fsdp2.")
     parser.add_argument("--patience", type=float, default=600.0,
                         help="Seconds that processes have for their step and its save after a signal. Default: 600.")
     parser.set_defaults(**{name: os.environ.get(f"PET_{name.upper()}") for name in _ASKED})

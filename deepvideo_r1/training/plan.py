@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GPUS', 'USABLE', 'TEXT_TOKENS', 'PHASES', 'Parts', 'PARTS', 'UTILISATION', 'SECONDS_PER_KERNEL', 'Gpu', 'find_gpu',
-           'Arrangement', 'recipe', 'workload', 'Times', 'Plan', 'make_plan']
+           'Arrangement', 'recipe', 'workload', 'n_draws', 'Times', 'Plan', 'make_plan']
 
 # %% ../../nbs/training/10_plan.ipynb #535faa32
 from dataclasses import dataclass, field, replace
@@ -84,6 +84,8 @@ def recipe(
         return "recipes/1gpu.yaml"
     size = next(size for size in (4, 8, n_processes) if n_processes <= size)
     name, usual = ("2nodes", 16) if size > 8 else (f"{size}gpu", size)
+    if n_processes > 16:
+        return f"recipes/{name}_fsdp2.yaml with --nnodes {-(-n_processes // 8)} --processes 8"
     return f"recipes/{name}_fsdp2.yaml" + (f" with {n_processes} processes" if n_processes != usual else "")
 
 # %% ../../nbs/training/10_plan.ipynb #62fb1f56
@@ -180,6 +182,14 @@ class _Counter:
                 "save": resident | gradients | {"gathered units": whole}}
 
 # %% ../../nbs/training/10_plan.ipynb #35652002
+def n_draws(
+    config: RunConfig,  # settings of the run
+) -> int:
+    "How often a step samples at most: groups, second groups, and traces for the hints of hard questions."
+    augment = config.augment
+    return 1 + augment.enabled * (1 + (augment.hint_source == "sampled" and not augment.redraw_only))
+
+
 class Times(NamedTuple):
     "Estimated seconds of a training step."
     encode: float  # videos and prompts
@@ -252,9 +262,9 @@ def _times(counter: _Counter, gpu: Gpu) -> Times:
     speed = UTILISATION * (gpu.flops if counter.size == 2 else gpu.flops_float32)
     seconds = lambda flops, kernels: max(flops / speed, kernels * SECONDS_PER_KERNEL)
 
-    # sampling, twice where second groups are drawn
+    # sampling, again where second groups and the traces of hints are drawn
     n_prompts = -(-config.train.prompts_per_step // counter.arrangement.n_processes)
-    batches = -(-n_prompts // work.prompts_sampled) * (2 if config.augment.enabled else 1)
+    batches = -(-n_prompts // work.prompts_sampled) * n_draws(config)
     sampling = scale.sampling(config.policy, work)
     read = (counter.all_weights + sampling["decode"].kept) / gpu.bandwidth
     token = max(seconds(sampling["decode"].flops, sampling["decode"].kernels), read)
