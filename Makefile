@@ -21,14 +21,14 @@ toy: .venv/.run ## train the tiny model end to end
 	$(BIN)/deepvideo-r1 toy $(ARGS)
 
 test: .venv/.dev ## run the tests, every notebook among them
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-all: .venv/.dev ## run the slow tests too, and those for a GPU where there is one
-	$(BIN)/python -m pytest -m "" $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m "" $(ARGS)
 
 test-oldest: .venv/.dev ## run the tests with the oldest transformers that is supported
 	$(BIN)/python -m pip install $(PIP_ARGS) -q --no-deps --upgrade --target .oldest "transformers==$(OLDEST_TRANSFORMERS)"
-	PYTHONPATH=$(CURDIR)/.oldest $(BIN)/python -m pytest $(ARGS)
+	PYTHONPATH=$(CURDIR)/.oldest $(BIN)/python -m pytest -n 2 $(ARGS)
 
 bench: .venv/.run ## measure speed and memory against peers, half an hour (against TRL where it is installed)
 	@for name in repeated_vs_packed rollout_vs_generate growth augmentation_cost reading read_ahead; do $(BIN)/python benchmarks/$$name.py $(ARGS) || exit 1; done

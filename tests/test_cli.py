@@ -538,6 +538,8 @@ def test_too_many_bad_clips(cli, trained_model, questions, tmp_path):
     train = train_arguments(trained_model, data.parent, out)
     train[train.index("--data") + 1] = data
     done = cli.run(*train, "--train.prompts-per-step", 12)
-    check_one_line(done, "2 of 12 clips cannot be read", "more than 5%", "no such file")
+    start, _, rest = done.stderr.partition("\n")
+    assert start.startswith("1 process, whole on ")  # said before the first step
+    check_one_line(replace(done, stderr=rest), "2 of 12 clips cannot be read", "more than 5%", "no such file")
     assert any(path in done.stderr for path in gone)
     assert not (out / "model").exists() and not whole_checkpoints(out / "checkpoints")

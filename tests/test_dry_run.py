@@ -69,4 +69,4 @@ def test_the_command(config, capsys, trained_model, tiny_world, tmp_path):
     assert done.returncode == 0 and done.stdout.count("one step of a shrunken model") == 1, done.stderr
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stdout.count("FAIL questions") == 1 and "Traceback" not in done.stderr, done.stderr
-    assert "2 processes" in done.stdout and not (tmp_path / "out").exists()
+    assert "processes: 2" in done.stdout and not (tmp_path / "out").exists()
