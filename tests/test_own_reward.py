@@ -174,3 +174,16 @@ def test_a_checked_reward_gives_plain_numbers():
     scored = CheckedReward(score)(rollout("a", "b"))
     assert scored.rewards.dtype == torch.float32 and not scored.rewards.requires_grad
     assert scored.reward_parts["x"].tolist() == [1.0, 1.0]
+
+
+def test_a_run_whose_reward_was_edited_is_not_continued(settings, tmp_path):
+    file = tmp_path / "my_rewards.py"
+    file.write_text(GOOD)
+    config = replace(settings, reward=RewardConfig(function=f"{file}:score"))
+    run_training(config)
+    longer = replace(config, train=replace(config.train, steps=2))
+    file.write_text(GOOD.replace("/ 100", "/ 10"))
+    with pytest.raises(ValueError, match="the reward function is another"):
+        run_training(longer)
+    file.write_text(GOOD)
+    assert run_training(longer).state.next_step == 2
