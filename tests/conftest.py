@@ -1,11 +1,16 @@
 """What all tests share: no network, and reasons to skip."""
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 # A test that asks the hub for a file fails at once, in subprocesses too.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# A shell that starts the tests in the background lets them ignore Ctrl-C, which some of them send.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item):
