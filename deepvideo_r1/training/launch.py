@@ -55,8 +55,8 @@ def check_launcher() -> None:
         if _is_set(variable) and (_is_set("ACCELERATE_USE_FSDP") or not variable.startswith("FSDP")):
             raise ValueError(f"accelerate is set to use {name}, which the trainer does not support; use {RECIPE}")
     if _is_set("ACCELERATE_USE_FSDP") and not _is_set("FSDP_RESHARD_AFTER_FORWARD", "true"):
-        raise ValueError("accelerate's fsdp_reshard_after_forward is false, it must be true: a unit is whole only while "
-                         "it computes, and all of them are whole while a step samples")
+        raise ValueError("accelerate's fsdp_reshard_after_forward is false, it must be true: a unit is whole only "
+                         "while it computes, and all of them are whole while a step samples")
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         raise ValueError("accelerate is set to compile the model (dynamo_backend), which the trainer does not support; "
                          "set it to 'no'")
