@@ -131,7 +131,8 @@ def check_free_space(
     folder = next(path for path in (Path(directory), *Path(directory).absolute().parents) if path.is_dir())
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise OSError(errno.ENOSPC, f"{what} needs {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are free", str(directory))
+        figures = f"{needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are free"
+        raise OSError(errno.ENOSPC, f"{what} needs {figures}", str(directory))
 
 # %% ../../nbs/support/02_checkpoint.ipynb #671cdca1
 def newest_checkpoint(

@@ -120,7 +120,8 @@ def disk_error_advice(
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         is_usual = error.strerror in (None, os.strerror(error.errno))
         figures = "" if is_usual else f": {error.strerror}"
-        return f"{directory}: no space left on the device{figures}; free some and run the same command again, it continues"
+        return (f"{directory}: no space left on the device{figures}; free some and run the same command again, it "
+                "continues")
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
         return f"{directory}: cannot be written ({os.strerror(error.errno)}); name another directory"
     return None

@@ -109,7 +109,7 @@ def make_learner(
     objective: ObjectiveConfig = ObjectiveConfig(),  # says whether a reference is needed
     train: TrainConfig = TrainConfig(),  # settings of the optimizer
 ) -> Learner:
-    """The policy with float32 weights where it is trained, as accelerate wraps it, with its optimizer and its reference.
+    """The policy with float32 weights where it is trained, as accelerate wraps it, with its optimizer and reference.
 
     Raises `ValueError` for an encoder that is trained in several processes: one without a video would not take part.
     """
@@ -118,7 +118,7 @@ def make_learner(
                          "process whose questions have no video would leave the others waiting; use one process")
     reference = Reference(policy, accelerator, needed=needs_reference(objective))
     masters = hold_masters(policy, casts=not accelerator.is_fsdp2)  # FSDP2 casts itself
-    trained = (p for p in policy.parameters() if p.requires_grad)  # no list: FSDP2 frees each weight as it shares it out
+    trained = (p for p in policy.parameters() if p.requires_grad)  # no list: FSDP2 frees each weight that it shares out
     betas = (train.beta1, train.beta2)
     optimizer = torch.optim.AdamW(trained, lr=train.learning_rate, betas=betas, weight_decay=train.weight_decay)
     prepare = prepare_sharded if accelerator.is_fsdp2 else lambda *parts: accelerator.prepare(*parts[:2])
