@@ -85,10 +85,9 @@ def train(config: Annotated[RunConfig, tyro.conf.arg(name="")]) -> None:
 
     check_processes()
     accelerator = make_accelerator(timedelta(minutes=config.train.timeout_minutes))
-    data = config.data if isinstance(config.data, str) else " ".join(config.data)
 
     def tell_start(trainer: Any) -> None:
-        _tell_left_out(trainer.samples.problems, "bad row", f" of {data}")
+        _tell_left_out(trainer.samples.problems, "bad row", f" of {config.data_words}")
         print(describe_start(trainer), file=sys.stderr)
 
     with TrainingPanel(config.train.steps, Console(stderr=True, quiet=not accelerator.is_main_process)) as panel:

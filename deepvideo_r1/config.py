@@ -261,6 +261,11 @@ class RunConfig:
         if self.data in ("", ()):
             raise ValueError(f"data must name at least one file, got {self.data!r}")
 
+    @property
+    def data_words(self) -> str:
+        "The data as it is written on the command line."
+        return self.data if isinstance(self.data, str) else " ".join(self.data)
+
 # %% ../nbs/01_config.ipynb #5e0c9ef2
 @dataclass(frozen=True)
 class PlanConfig:

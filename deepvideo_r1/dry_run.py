@@ -9,7 +9,6 @@ __all__ = ['shrunken_config', 'write_shrunken', 'Check', 'check_versions', 'chec
 # %% ../nbs/13a_dry_run.ipynb #953336e0
 import copy
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -36,9 +35,11 @@ from .model.processor import Processor, load_processor
 from .model.weights import FAMILIES
 from .reward import load_reward, try_reward
 from .support.checkpoint import whole_checkpoints
+from .support.files import free_bytes
 from .support.interrupts import TrainingError
 from .support.trackers import check_trackers
 from .trainer import Trainer, fit
+from .training.launch import asks_for_fsdp
 from .training.plan import Arrangement, Gpu, Plan, make_plan
 from .training.scale import find_config
 from .training.verdict import verdict
@@ -126,10 +127,9 @@ def check_disk(
     plan: Plan,  # knows the sizes
 ) -> str:
     "Room needed and room there; raises `ValueError` where it is not enough."
-    folder = next(path for path in (Path(config.out), *Path(config.out).absolute().parents) if path.is_dir())
     saved = len(whole_checkpoints(Path(config.out) / "checkpoints"))
     one = plan.disk["checkpoints"] // max(2, config.train.keep_checkpoints)
-    needed, free = max(0, sum(plan.disk.values()) - saved * one), shutil.disk_usage(folder).free
+    needed, free = max(0, sum(plan.disk.values()) - saved * one), free_bytes(config.out)
     text = f"checkpoints and model need {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free"
     if needed > free:
         raise ValueError(f"{text}; name a directory on another disk, or keep fewer checkpoints")
@@ -262,7 +262,7 @@ def show_dry_run(
     if not is_main:
         return 0
     gpu_bytes = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
-    sharded, failed = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true", 0
+    sharded, failed = asks_for_fsdp(), 0
     with _alone():
         for check in dry_run(config, n_processes=n_processes, sharded=sharded, gpu_bytes=gpu_bytes):
             print(f"{ {True: 'ok', False: 'FAIL', None: '-'}[check.good]:5}{check.name:11}{check.text}", flush=True)

@@ -149,9 +149,8 @@ def _begin(config: RunConfig, parts: RunParts) -> None:
     check_identity(config.out, run_identity(parts.policy, parts.processor.tokenizer, parts.samples, reward=reward))
     n_prompts, n_questions = config.train.prompts_per_step, len(parts.samples)
     if n_questions < n_prompts:
-        files = config.data if isinstance(config.data, str) else " ".join(config.data)
-        warnings.warn(f"a step holds {n_prompts} prompts and {files} has {n_questions} questions: each is asked "
-                      "several times in a step, with responses of its own", stacklevel=3)
+        warnings.warn(f"a step holds {n_prompts} prompts and {config.data_words} has {n_questions} questions: each is "
+                      "asked several times in a step, with responses of its own", stacklevel=3)
     if parts.held_out is not None:
         _warn_of_held_out(config.eval.data, parts.held_out, parts.samples)
 
@@ -170,6 +169,27 @@ def check_room(
     needed = max(0, n_more) * state_bytes(policy) + n_models * sum(p.numel() for p in exported) * policy.dtype.itemsize
     models = "the model and the best model" if keeps_best else "the model"
     check_free_space(trainer.directory, needed, f"{max(0, n_more)} checkpoints and {models}: the run")
+
+# %% ../nbs/13_experiment.ipynb #9cc4fd15
+def describe_start(
+    trainer: Trainer,  # before its first step
+) -> str:
+    "Processes, arrangement, types of the weights and the share of a process in a step, in one line."
+    config = trainer.config
+    return start_line(trainer.learner.model, trainer.accelerator.num_processes,
+                      prompts_per_step=config.train.prompts_per_step, group_size=config.rollout.group_size)
+
+
+def check_plan(
+    config: RunConfig,  # config of the run
+    accelerator: Accelerator,  # of the run
+) -> None:
+    "Raises `ValueError` where the memory plan cannot fit the GPUs that are here, with the recipe that does."
+    if accelerator.device.type == "cuda" and not config.train.skip_plan:
+        cause = too_large(config, n_processes=accelerator.num_processes, sharded=accelerator.is_fsdp2,
+                          gpu_bytes=torch.cuda.get_device_properties(accelerator.device).total_memory)
+        if cause:
+            raise ValueError(f"this run does not fit its GPUs: {cause}. --train.skip-plan starts it all the same")
 
 # %% ../nbs/13_experiment.ipynb #061dd3d5
 def _write_model(trainer: Trainer, target: Path, note: dict[str, Any] | None = None) -> None:
@@ -207,27 +227,6 @@ def _telling(trackers: Trackers, part: str, further: Callable[[dict[str, Any]], 
             further(row)
 
     return tell
-
-
-def describe_start(
-    trainer: Trainer,  # before its first step
-) -> str:
-    "Processes, arrangement, types of the weights and the share of a process in a step, in one line."
-    config = trainer.config
-    return start_line(trainer.learner.model, trainer.accelerator.num_processes,
-                      prompts_per_step=config.train.prompts_per_step, group_size=config.rollout.group_size)
-
-
-def check_plan(
-    config: RunConfig,  # config of the run
-    accelerator: Accelerator,  # of the run
-) -> None:
-    "Raises `ValueError` where the memory plan cannot fit the GPUs that are here, with the recipe that does."
-    if accelerator.device.type == "cuda" and not config.train.skip_plan:
-        cause = too_large(config, n_processes=accelerator.num_processes, sharded=accelerator.is_fsdp2,
-                          gpu_bytes=torch.cuda.get_device_properties(accelerator.device).total_memory)
-        if cause:
-            raise ValueError(f"this run does not fit its GPUs: {cause}. --train.skip-plan starts it all the same")
 
 
 def check_shared(

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
@@ -33,8 +32,9 @@ from .model.prompt import Processor
 from .model.rollout import encode_missing, rollout_groups
 from .reward import score
 from .support.checkpoint import check_free_space, clear_leftovers, newest_checkpoint, publish_checkpoint
-from .support.clock import PhaseClock, repeatable
-from .support.files import DamagedFileError, naming_disk_errors, read_json_file, read_jsonl, write_whole
+from .support.clock import PhaseClock
+from .support.files import (
+    DamagedFileError, jsonl_text, naming_disk_errors, read_json_file, read_steps, write_whole)
 from .support.interrupts import Stopped, TrainingError, stop_flag
 from .training.feed import ClipFeed, Question, Seen, gather_rewards
 from .training.held_out import HeldOut
@@ -273,11 +273,7 @@ def load_checkpoint(
 # %% ../nbs/12_trainer.ipynb #a4e8558c
 def _rows_before(path: Path, step: int) -> list[dict[str, float]]:
     "The rows of the metrics of all steps before one; warns of steps without a row."
-    rows = read_jsonl(path)
-    if wrong := next((number for number, row in enumerate(rows, 1) if not isinstance(row.get("step"), int)), None):
-        raise DamagedFileError(f"{path}, line {wrong}: the file is damaged, the row has no step; put back a copy of "
-                               "the file, or remove that line")
-    by_step = {row["step"]: row for row in rows if 0 <= row["step"] < step}
+    by_step = {row["step"]: row for row in read_steps(path) if 0 <= row["step"] < step}
     if missing := sorted(set(range(step)) - set(by_step)):
         warnings.warn(f"{path}: the rows of {len(missing)} steps are lost, the first is step {missing[0]}; the weights "
                       "hold all steps", stacklevel=3)
@@ -308,7 +304,7 @@ def fit(
     path = trainer.directory / "metrics.jsonl"
     rows = _rows_before(path, saved)
     if is_main:
-        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+        write_whole(path, jsonl_text(rows))
     if held_out:
         held_out.begin(saved, is_main=is_main)
 
@@ -327,7 +323,7 @@ def fit(
             rows.append(row)
             if is_main:
                 with naming_disk_errors(path), path.open("a") as file:
-                    file.write(json.dumps(rows[-1]) + "\n")
+                    file.write(jsonl_text(rows[-1:]))
             stop = max(gather_object([asked()]))  # number of a signal that a process has received, or 0
             if on_step and is_main:
                 on_step(rows[-1])

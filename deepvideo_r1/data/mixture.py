@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..core import Sample, make_generator
+from ..core import make_generator
 from .datasets import Samples, load_samples
 
 # %% ../../nbs/data/16_mixture.ipynb #8136a349

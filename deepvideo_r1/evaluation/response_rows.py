@@ -7,7 +7,6 @@ __all__ = ['ROW_FIELDS', 'parsed_answer', 'parsed_evidence', 'make_row', 'frame_
            'read_rows', 'collect_rows']
 
 # %% ../../nbs/evaluation/01_response_rows.ipynb #b70b6c62
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from ..answers import parse_number, parse_span, parse_spans, read_choice
 from ..core import Clip, Sample
 from ..reward import read_block, total_reward
-from ..support.files import DamagedFileError, read_jsonl, write_whole
+from ..support.files import DamagedFileError, jsonl_text, read_jsonl, write_whole
 from ..support.glossary import Glossary, Meaning
 from ..support.identity import value_hash
 
@@ -158,7 +157,7 @@ def collect_rows(
     kept = [row for name, row in rows.items() if name in order or not drop_others]
     if rows or path.exists():  # written anew as a whole: a line that a crash has torn must not swallow the next one
         ordered = sorted(kept, key=lambda row: order.get(row["id"], len(order)))
-        write_whole(path, "".join(json.dumps(row) + "\n" for row in ordered))
+        write_whole(path, jsonl_text(ordered))
     for file in process_files:
         file.unlink()
     return len(rows) - len(kept)

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from .files import DamagedFileError, read_json_file
+from .files import DamagedFileError, free_bytes, read_json_file
 
 # %% ../../nbs/support/02_checkpoint.ipynb #ee0505bb
 MANIFEST = "MANIFEST.json"
@@ -128,8 +128,7 @@ def check_free_space(
     what: str,  # what they are, for the message
 ) -> None:
     "Raises `OSError` (no space left) where the disk has less room than is needed, with both figures in GB."
-    folder = next(path for path in (Path(directory), *Path(directory).absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(directory)
     if needed > free:
         figures = f"{needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are free"
         raise OSError(errno.ENOSPC, f"{what} needs {figures}", str(directory))

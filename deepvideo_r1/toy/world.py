@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..support.files import read_json_file, write_whole
+from ..support.files import jsonl_text, read_json_file, write_whole
 from ..support.interrupts import Stopped, stop_flag
 from ..support.locks import LOCK_NAME, directory_lock
 from .config import WorldConfig
@@ -283,7 +283,7 @@ def _write_world(directory: Path, config: WorldConfig, on_progress: Callable[[in
 
     # The questions.
     for split, questions in rows.items():
-        write_whole(directory / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in questions))
+        write_whole(directory / f"{split}.jsonl", jsonl_text(questions))
 
 
 def make_world(

@@ -7,7 +7,6 @@ __all__ = ['METRICS', 'EVALUATION_FIELDS', 'SAMPLE_FIELDS', 'evenly', 'held_out_
            'HeldOut']
 
 # %% ../../nbs/training/12_held_out.ipynb #d8bf61e0
-import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ from ..core import Sample
 from ..evaluation.evaluate import evaluate, summarise
 from ..model.prompt import Processor
 from ..reward import total_reward
-from ..support.files import DamagedFileError, naming_disk_errors, read_json_file, read_jsonl, write_whole
+from ..support.files import jsonl_text, naming_disk_errors, read_json_file, read_steps, write_whole
 from ..support.glossary import Glossary, Meaning
 from ..support.identity import question_hashes, value_hash
 from .update import Learner
@@ -84,19 +83,15 @@ def sample_rows(
 # %% ../../nbs/training/12_held_out.ipynb #a1eb7df2
 def _read_back(path: Path, keep: Callable[[dict[str, Any]], bool], *, write: bool) -> list[dict[str, Any]]:
     "The rows of a file that are kept, all that is left in it; raises `DamagedFileError` for a row without a step."
-    rows = read_jsonl(path)
-    if wrong := next((number for number, row in enumerate(rows, 1) if not isinstance(row.get("step"), int)), None):
-        raise DamagedFileError(f"{path}, line {wrong}: the file is damaged, the row has no step; put back a copy of "
-                               "the file, or remove that line")
-    kept = [row for row in rows if keep(row)]
+    kept = [row for row in read_steps(path) if keep(row)]
     if write and path.exists():
-        write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_whole(path, jsonl_text(kept))
     return kept
 
 
 def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     with naming_disk_errors(path), path.open("a") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
+        file.write(jsonl_text(rows))
 
 
 @dataclass
