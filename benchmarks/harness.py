@@ -1,5 +1,4 @@
 """What the benchmarks share: models with random weights, prompts, interleaved timing, peak memory, tables and JSON."""
-import ctypes
 import gc
 import json
 import os
@@ -8,8 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the hub
 
 import torch
 import tyro
+from memory import PeakMemory, clean_heap  # offered here too
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -188,77 +187,6 @@ def clock(options: Options) -> str:
     return "cpu_s" if options.device == "cpu" else "wall_s"
 
 
-def _resident(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
-
-
-_mapped_from = 2**25  # bytes: 32 MiB is where glibc's own adaptation ends in a program like this one
-
-
-def _map_blocks_from(size: int) -> None:
-    "Sets glibc's M_MMAP_THRESHOLD."
-    global _mapped_from
-    _mapped_from = size
-    ctypes.CDLL(None).mallopt(-3, size)
-    ctypes.CDLL(None).mallopt(-1, 2 * size)  # M_TRIM_THRESHOLD, as in that adaptation
-
-
-@contextmanager
-def clean_heap(options: Options) -> Iterator[None]:
-    """Gives every block of 64 KiB or more a mapping of its own while it lasts: for runs before a measured one.
-
-    A run without it leaves free blocks in the heap, which malloc hands out again and does not give back: the next
-    `PeakMemory` would count what has long been freed, a quarter too much or more.
-    """
-    if options.device != "cpu" or not sys.platform.startswith("linux"):
-        yield
-        return
-    before = _mapped_from
-    _map_blocks_from(2**16)
-    try:
-        yield
-    finally:
-        _map_blocks_from(before)
-
-
-class PeakMemory:
-    """MiB by which memory rises above what was held at `start`; `stop` gives None where the system does not tell.
-
-    On a GPU the allocator of torch counts. On Linux the kernel does: free memory is given back (malloc_trim), the high-water
-    mark of the process is reset (5 into /proc/self/clear_refs), and the mark after the run is compared with the resident memory
-    before it. This counts what kernels allocate inside, too. In between every block of 64 KiB or more is mapped on its own, so
-    that it is gone when it is freed: holes in the heap do not count. Run the same thing once before, so that libraries are loaded
-    and gradients exist: then the difference is activations and temporary buffers.
-    """
-
-    def __init__(self, options: Options):
-        self.on_gpu, self.known = options.device != "cpu", sys.platform.startswith("linux")
-
-    def start(self) -> "PeakMemory":
-        gc.collect()
-        if self.on_gpu:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-        elif self.known:
-            self.outside = _mapped_from
-            _map_blocks_from(2**16)
-            ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")
-            self.before = _resident("VmRSS")
-        return self
-
-    def stop(self) -> float | None:
-        if self.on_gpu:
-            torch.cuda.synchronize()
-            return (torch.cuda.max_memory_allocated() - self.before) / 2**20
-        if not self.known:
-            return None
-        _map_blocks_from(self.outside)
-        return (_resident("VmHWM") - self.before) / 2**20
-
-
 def peak_memory(run: Callable[[], Any], options: Options) -> float | None:
     "`PeakMemory` of one run."
     meter = PeakMemory(options).start()
@@ -295,7 +223,8 @@ def save(name: str, options: Options, cases: list[dict[str, Any]], **more: Any) 
     "Writes NAME.json: machine, options and one row for each case."
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{name}.json"
-    chosen = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k != "out"}
+    chosen = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()
+              if k not in ("out", "environments", "video_r1")}  # folders of this machine
     path.write_text(json.dumps(dict(name=name, machine=machine(options), options=chosen, cases=_rounded(cases), **more),
                                indent=1) + "\n")
     return path

@@ -1,7 +1,8 @@
 """A whole training step: TRL's GRPOTrainer against our trainer, on the same text-only model, tokens, batch, KL and optimizer.
 
-TRL takes no video, so both train a Qwen2. Ours is the language model inside a Qwen2.5-VL with the same weights; its encoder is
-never called. Generation is left out on both sides: stored responses come back at once (TRL's `rollout_func`, our `roll_out`).
+TRL does not train on video (trl_with_video.py), so both train a Qwen2. Ours is the language model inside a Qwen2.5-VL with the
+same weights; its encoder is never called. Generation is left out on both sides: stored responses come back at once (TRL's
+`rollout_func`, our `roll_out`).
 """
 import shutil
 import tempfile

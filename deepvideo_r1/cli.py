@@ -73,7 +73,7 @@ def _tell_left_out(causes: Sequence[object], what: str, place: str = "", *, n_sh
 
 # %% ../nbs/14_cli.ipynb #89f97867
 def train(config: Annotated[RunConfig, tyro.conf.arg(name="")]) -> None:
-    """Fine-tune a Qwen2-VL or Qwen2.5-VL checkpoint on a file of questions.
+    """Fine-tune a Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint on a file of questions.
 
     After an interrupt, the same command continues. --preset NAME starts from the values of a
     preset: tiny_cpu, small_1gpu, paper_3b or paper_7b. --config FILE then takes those of a TOML,
@@ -126,7 +126,8 @@ def evaluate(config: Annotated[EvaluateConfig, tyro.conf.arg(name="")]) -> None:
         else:
             samples = load_samples(config.data, **options)
     timeout = 60.0 if config.timeout is None else config.timeout or float("inf")  # 0: no limit
-    processor, policy = load_processor(config.model), load_policy(config.model, dtype=config.dtype)
+    processor = load_processor(config.model)
+    policy = load_policy(config.model, dtype=config.dtype, positions=config.positions)
 
     accelerator, out = make_accelerator(), Path(config.out)
     is_main = accelerator.is_main_process
@@ -173,7 +174,7 @@ def ask(config: Annotated[AskConfig, tyro.conf.arg(name="")]) -> None:
     sample = Sample(id="question", video=config.video, question=config.question, answer="?")
     processor = load_processor(config.model)
     visuals = visuals_loader(config.prompt)(sample, processor)
-    policy = load_policy(config.model, dtype=config.dtype).to(Accelerator().device)
+    policy = load_policy(config.model, dtype=config.dtype, positions=config.positions).to(Accelerator().device)
     prompt = prompt_for(policy, processor, sample, visuals, template=config.prompt.template,
                         max_tokens=config.max_tokens)
     rollout, = rollout_groups(policy, processor, [sample], [prompt], [(config.seed, "ask")], group_size=1,

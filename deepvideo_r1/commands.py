@@ -11,7 +11,7 @@ from typing import Literal
 
 import tyro
 
-from .config import DataFormat, PromptConfig, check_fields
+from .config import DataFormat, Positions, PromptConfig, check_fields
 
 # %% ../nbs/01b_commands.ipynb #9a14d4df
 BenchmarkName = Literal["seed_bench_r1", "longvideobench", "mvbench", "tempcompass", "videomme", "videommmu", "mmvu",
@@ -29,6 +29,7 @@ class EvaluateConfig:
     max_tokens: int = 256  # longest response in tokens
     batch_prompts: int = 16  # questions that each process answers side by side
     dtype: Literal["float32", "bfloat16"] = "float32"  # number type of the weights
+    positions: Positions = "after_video"  # place of text after a video; after_frame: as in transformers 5.3 to 5.24
     seed: int = 0  # seed of sampling
     prompt: PromptConfig = field(default_factory=PromptConfig)  # how a question is shown
     benchmark: BenchmarkName | None = None  # public benchmark; None: data in the generic format
@@ -51,6 +52,7 @@ class AskConfig:
     temperature: float = 0.0  # sampling temperature; 0 takes the most likely response
     max_tokens: int = 256  # longest response in tokens
     dtype: Literal["float32", "bfloat16"] = "float32"  # number type of the weights
+    positions: Positions = "after_video"  # place of text after a video; after_frame: as in transformers 5.3 to 5.24
     seed: int = 0  # seed of sampling
     prompt: PromptConfig = field(default_factory=PromptConfig)  # how the question is shown
 

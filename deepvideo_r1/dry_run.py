@@ -32,7 +32,7 @@ from .experiment import check_directory, read_held_out, read_questions
 from .model.asking import prompt_for
 from .model.policy import PolicyModel, load_policy, save_policy
 from .model.processor import Processor, load_processor
-from .model.weights import FAMILIES
+from .model.families import FAMILIES, model_class
 from .reward import load_reward, try_reward
 from .support.checkpoint import whole_checkpoints
 from .support.files import free_bytes
@@ -46,16 +46,19 @@ from .training.verdict import verdict
 
 # %% ../nbs/13a_dry_run.ipynb #59ab5d52
 def shrunken_config(
-    config: PretrainedConfig,  # of a Qwen2-VL or Qwen2.5-VL
+    config: PretrainedConfig,  # of a Qwen-VL
 ) -> PretrainedConfig:
     "A config of the same family and vocabulary with two layers and two heads."
     config = copy.deepcopy(config)
-    text, vision, is_old = config.text_config, config.vision_config, config.model_type == "qwen2_vl"
-    width = text.hidden_size // text.num_attention_heads
+    text, vision, family = config.text_config, config.vision_config, FAMILIES[config.model_type]
+    is_old = family.name == "qwen2_vl"
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads = 2, 2, 1
     text.hidden_size, text.intermediate_size = 2 * width, 4 * width
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:2]
+    if family.has_experts:
+        text.num_experts, text.num_experts_per_tok, text.moe_intermediate_size = 4, 2, width // 2
 
     # The encoder's width has another name in each family.
     names = ("embed_dim", "hidden_size") if is_old else ("hidden_size", "out_hidden_size")
@@ -63,7 +66,9 @@ def shrunken_config(
     vision.depth, vision.num_heads = 2, 2
     setattr(vision, names[0], 2 * width)
     setattr(vision, names[1], text.hidden_size)
-    if not is_old:
+    if family.is_stepwise:
+        vision.intermediate_size, vision.deepstack_visual_indexes = 4 * width, [0, 1]
+    elif not is_old:
         vision.intermediate_size, vision.fullatt_block_indexes = 4 * width, [1]
     return config
 
@@ -76,7 +81,7 @@ def write_shrunken(
     processor, config = load_processor(model), shrunken_config(find_config(model)[0])
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        hf = FAMILIES[config.model_type](config)
+        hf = model_class(config.model_type)(config)
     save_policy(PolicyModel(hf, pad_ids=tuple(processor.pad_ids.values())), processor, directory)
     return Path(directory)
 

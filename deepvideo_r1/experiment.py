@@ -24,12 +24,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from peft import PeftModel
 
+from .baselines import SAMPLED_FROM_REFERENCE
 from .config import RunConfig
 from .core import Rollout
 from .data.datasets import Samples, load_samples
 from .data.mixture import load_mixture
 from .model.policy import PolicyModel, load_policy, save_policy
 from .model.prompt import Processor, load_processor
+from .model.vllm_engine import check_versions, start_vllm
 from .reward import load_reward, try_reward
 from .support.checkpoint import check_free_space, whole_checkpoints
 from .support.files import naming_disk_errors
@@ -84,6 +86,15 @@ def read_parts(
     try_reward(reward, samples[0])
     processor = load_processor(config.model)
 
+    if config.engine.name == "vllm":
+        check_versions()
+        if config.policy.positions != "after_video":
+            raise ValueError(f"policy.positions is {config.policy.positions!r}, and vLLM places the text after a video "
+                             "past the whole video; set policy.positions to after_video, or engine.name to builtin")
+        if config.objective.name in SAMPLED_FROM_REFERENCE:
+            raise ValueError(f"objective.name is {config.objective.name!r}, which samples from the reference; only the "
+                             "built-in engine does that: set engine.name to builtin")
+
     settings = asdict(config.policy)
     policy = load_policy(config.model, temperature=config.rollout.temperature, seed=config.train.seed, **settings)
     return RunParts(policy, processor, samples, reward, held_out)
@@ -97,14 +108,20 @@ def build_trainer(
 ) -> Trainer:
     "The trainer of a run, before its first step; raises `ValueError` for what does not fit."
     policy, processor, samples, reward, _ = parts or read_parts(config)
-    return Trainer(policy, processor, samples, config.out, train=config.train, prompt=config.prompt,
-                   rollout=config.rollout, objective=config.objective, augment=config.augment, score=reward,
-                   accelerator=accelerator)
+    trainer = Trainer(policy, processor, samples, config.out, train=config.train, prompt=config.prompt,
+                      rollout=config.rollout, engine=config.engine, objective=config.objective, augment=config.augment,
+                      score=reward, accelerator=accelerator)
+    if config.engine.name == "vllm":  # all processes start theirs together
+        trainer.sampler = start_vllm(config.model, trainer.policy, config.engine, max_length=config.engine.max_length,
+                                     rank=trainer.accelerator.process_index)
+    return trainer
 
 # %% ../nbs/13_experiment.ipynb #569cab1f
 # Settings that change no result, or only when a run stops or warns: a run may continue with others.
 CHANGEABLE = (
-    "strict", "policy.gradient_checkpointing", "policy.attention", "rollout.batch_rows", "train.prompts_per_forward",
+    "strict", "policy.gradient_checkpointing", "policy.attention", "rollout.batch_rows", "rollout.cache",
+    "engine.memory_share", "engine.sleep_level", "engine.eager", "engine.check_every", "engine.max_gap",
+    "engine.max_length", "train.prompts_per_forward",
     "train.save_every", "train.keep_checkpoints", "train.max_bad_share", "train.max_sampler_gap", "train.max_kl",
     "train.max_truncated", "train.timeout_minutes", "train.skip_plan", "train.workers", "train.clip_timeout",
     "train.ahead_gb",
@@ -213,7 +230,8 @@ def _held_out(
     "The held-out questions of a run with all that asking them needs; None where none are asked."
     if samples is None:
         return None
-    batch_prompts = max(1, min(16, config.rollout.batch_rows // config.eval.n_responses))
+    rows = config.rollout.batch_rows or 16 * config.eval.n_responses
+    batch_prompts = max(1, min(16, rows // config.eval.n_responses))
     return HeldOut(samples, trainer.directory, config.eval, config.prompt, max_tokens=config.rollout.max_tokens,
                    batch_prompts=batch_prompts, seed=config.train.seed, timeout=config.train.clip_timeout,
                    write_best=partial(_write_model, trainer, trainer.directory / "best"), on_row=on_row)

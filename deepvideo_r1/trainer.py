@@ -22,14 +22,14 @@ from torch import Tensor
 
 from .augment import augment_groups
 from .baselines import SAMPLED_FROM_REFERENCE
-from .config import AugmentConfig, ObjectiveConfig, PromptConfig, RolloutConfig, TrainConfig
+from .config import AugmentConfig, EngineConfig, ObjectiveConfig, PromptConfig, RolloutConfig, TrainConfig
 from .core import Clip, Prompt, Rollout, Sample
 from .data.clip_cache import visuals_loader
 from .difficulty import ReplayBuffer, measure_difficulty
 from .model.asking import prompt_for
 from .model.policy import PolicyModel
 from .model.prompt import Processor
-from .model.rollout import encode_missing, rollout_groups
+from .model.rollout import Engine, awake, encode_missing, rollout_groups
 from .reward import score
 from .support.checkpoint import check_free_space, clear_leftovers, newest_checkpoint, publish_checkpoint
 from .support.clock import PhaseClock
@@ -42,7 +42,8 @@ from .training.launch import check_accelerator, make_accelerator
 from .training.state import load_state, save_state, state_bytes
 from .training.step_metrics import gap_metrics, group_sums, step_metrics
 from .training.update import make_learner, stand_in, update_policy
-from .training.watch import SILENT_STEPS, check_bounds, check_finite, warn_of_gap, warn_of_silence
+from .training.watch import (
+    SILENT_STEPS, check_bounds, check_finite, compare_engine, warn_of_gap, warn_of_silence)
 
 # %% ../nbs/12_trainer.ipynb #0adc49c0
 @dataclass
@@ -77,6 +78,7 @@ class StepConfig:
     train: TrainConfig = TrainConfig()  # loop and optimizer
     prompt: PromptConfig = PromptConfig()  # how a question is shown
     rollout: RolloutConfig = RolloutConfig()  # how responses are sampled
+    engine: EngineConfig = EngineConfig()  # how the engine is compared, and its weight
     objective: ObjectiveConfig = ObjectiveConfig()  # what is minimised
     augment: AugmentConfig = AugmentConfig()  # difficulty-aware augmentation
 
@@ -94,12 +96,15 @@ class Trainer:
         train: TrainConfig = TrainConfig(),  # loop and optimizer
         prompt: PromptConfig = PromptConfig(),  # how a question is shown
         rollout: RolloutConfig = RolloutConfig(),  # how responses are sampled
+        engine: EngineConfig = EngineConfig(),  # how the engine is compared, and its weight
         objective: ObjectiveConfig = ObjectiveConfig(),  # what is minimised
         augment: AugmentConfig = AugmentConfig(),  # difficulty-aware augmentation
         score: Callable[[Rollout], Rollout] = score,  # sets rewards and their named parts
         accelerator: Accelerator | None = None,  # one process on the default device when None
+        sampler: Engine | None = None,  # the engine that samples; None: the built-in one
     ):
-        self.config = StepConfig(train, prompt, rollout, objective, augment)
+        self.config = StepConfig(train, prompt, rollout, engine, objective, augment)
+        self.sampler, self.is_first = sampler, True
         self.processor, self.samples, self.directory, self.score = processor, samples, Path(directory), score
         self.accelerator = accelerator or make_accelerator()
         check_accelerator(self.accelerator)
@@ -127,9 +132,12 @@ class Trainer:
         with clock("clips"):
             questions = self.feed.take(step)
         samples, visuals = [q.sample for q in questions], [q.visuals for q in questions]
-        with self.learner.sampling(from_reference=config.objective.name in SAMPLED_FROM_REFERENCE):
+        with (self.learner.sampling(from_reference=config.objective.name in SAMPLED_FROM_REFERENCE),
+              awake(self.sampler, self.policy)):
             with clock("sampling"):
                 original = roll_out_and_count(samples, [q.prompt for q in questions], "rollout")
+            due = self.sampler is not None and (self.is_first or step % config.engine.check_every == 0)
+            compared = compare_engine(self.policy, original, config.rollout, config.engine, step) if due else {}
             rewards = self.gather_rewards(questions, original)
 
             # Compare each group with the past (Eq. 9), change prompts by the difference, then remember the groups.
@@ -145,10 +153,10 @@ class Trainer:
         # Update on the final groups.
         spare = final[0] if final else stand_in(self.samples[0], self.processor.tokenizer.eos_token_id)
         losses, gap = update_policy(self.learner, final, spare, objective=config.objective, train=config.train,
-                                    max_tokens=config.rollout.max_tokens, step=step, clock=clock)
+                                    engine=config.engine, max_tokens=config.rollout.max_tokens, step=step, clock=clock)
         sums = group_sums(original, final, n_sampled=len(sampled) * config.rollout.group_size,
                           n_tokens=sum(int(group.completion_mask.sum()) for group in sampled))
-        metrics = losses | step_metrics(gather_object([sums])) | gap_metrics(gather_object([gap]))
+        metrics = losses | compared | step_metrics(gather_object([sums])) | gap_metrics(gather_object([gap]))
         return self.finish(clock, metrics, original)
 
     def gather_rewards(self, questions: Sequence[Question], groups: Sequence[Rollout]) -> Tensor:
@@ -170,6 +178,7 @@ class Trainer:
         if is_main and objective != "reinforce":  # it learns from equal rewards too
             warn_of_silence(metrics, groups, state)
         state.next_step, state.responses = step + 1, state.responses + int(metrics["responses"])
+        self.is_first = False
         return {"step": step, **metrics, "responses": state.responses, "bad_clips": len(state.seen.bad),
                 "unaskable": len(state.seen.unaskable), **clock.metrics(int(metrics["tokens"]))}
 
@@ -184,7 +193,8 @@ class Trainer:
         keys = [(self.config.train.seed, stream, sample.id) for sample in samples]
         from_reference = self.config.objective.name in SAMPLED_FROM_REFERENCE
         with self.learner.reference.policy(self.policy) if from_reference else nullcontext(self.policy) as policy:
-            groups = rollout_groups(policy, self.processor, samples, prompts, keys, **asdict(self.config.rollout),
+            groups = rollout_groups(policy, self.processor, samples, prompts, keys, engine=self.sampler,
+                                    **asdict(self.config.rollout),
                                     visual_features=encode_missing(self.policy, prompts, features))
         return [self.score(group) for group in groups]
 

@@ -42,7 +42,9 @@ def test_the_readme_names_every_field():
     text = (BENCHMARKS / "README.md").read_text()
     names = {"cpu_s", "wall_s", "peak_mib", "gflop", "of_minimum", "speedup", "memory_ratio", "vision_share", "greedy_equal",
              "videos_encoded", "logp_difference", "gradient_difference", "speedup_by_sharing", "utilisation",
-             "response_ratio", "time_ratio", "tokens_per_second", "measured_gb", "planned_gb", "of_plan", "vanishing", "no_trace", "decord_is_right", "plain"}
+             "response_ratio", "time_ratio", "tokens_per_second", "measured_gb", "planned_gb", "of_plan", "vanishing", "no_trace", "decord_is_right", "plain",
+             "files_decoded", "prompts_read", "generation_s", "speedup_each", "cpu_s_each", "speedup_over_lean", "ms_swift_lean",
+             "logp_difference_own_positions", "left_out"}
     assert {name for name in names if f"`{name}`" not in text} == set()
     assert {path.name for path in BENCHMARKS.glob("*.py") if path.name not in text} == set()
 
@@ -212,3 +214,67 @@ def test_without_trl_its_benchmark_says_what_to_install(benchmark, tmp_path, mon
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="pip install"):
         module.main(module.Settings(quick=True, out=tmp_path))
+
+
+def test_a_step_on_a_video_without_peers_counts_what_ours_does(benchmark, tmp_path):
+    module = benchmark("video_step_vs_peers")
+    module.main(module.Settings(quick=True, out=tmp_path, environments=tmp_path))
+    found = read(tmp_path, "video_step_vs_peers")
+    assert found["left_out"].keys() == {"ms_swift", "video_r1"} and "make bench-peers" in found["left_out"]["ms_swift"]
+    assert [case["B"] for case in found["cases"]] == [1, 2]
+    for case in found["cases"]:
+        side = case["sides"]["ours"]
+        assert (side["files_decoded"], side["videos_encoded"], side["prompts_read"]) == (case["B"], case["B"], 3 * case["B"])
+        assert side["cpu_s"] > side["generation_s"] > 0
+
+
+def test_a_peer_that_computes_something_else_is_not_timed(benchmark, tmp_path, monkeypatch):
+    module, sides = benchmark("video_step_vs_peers"), benchmark("peers.our_side")
+    case = module.make_inputs(tmp_path, module.Settings(quick=True), 128, 6, 2)
+    kept = []
+
+    def check(change=lambda groups, gradients: None):
+        "Trains on two groups that a peer might have sampled, with the gradients of the first call."
+        ours = sides.OurSide(case, tmp_path)
+        policy, sample = ours.trainer.policy, ours.trainer.samples[0]
+        prompt = ours.trainer.ask(sample, sides.visuals_loader(ours.trainer.config.prompt)(sample, ours.trainer.processor))
+        ids = torch.randint(10, 200, (2, case.G, case.C), generator=torch.Generator().manual_seed(0))
+        places, following = policy.positions(prompt)
+        groups = [dict(prompt_ids=prompt.prompt_ids, patches=prompt.patches, grid=prompt.grid_thw, seconds=1.0, ids=group,
+                       positions=places, next=following + 3, rewards=torch.arange(4.0), logps=None) for group in ids]
+        banned, policy.banned = policy.banned, policy.banned[:0]
+        with torch.no_grad(), sides.at_positions(policy, groups):
+            for group in groups:
+                group["logps"] = sides.group_logps(policy, sides.as_rollout(group, sample))
+        policy.banned = banned
+        gradients = dict(kept[0]) if kept else {}
+        change(groups, gradients)
+        return ours.check("a peer", groups, gradients)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sides, "check_equal", lambda name, logps, gradients, options: kept.append(gradients[0]) or {})
+        check()
+    found = check()
+    assert found["logp_difference"] < 1e-6 and found["gradient_difference"] < 1e-6 and found["logp_difference_own_positions"] > 1e-3
+    with pytest.raises(SystemExit, match="a peer and ours: logp_difference"):
+        check(lambda groups, gradients: groups[1]["logps"].add_(1e-3))
+    with pytest.raises(SystemExit, match="a peer and ours: gradient_difference"):
+        check(lambda groups, gradients: gradients.update({name: 1.01 * value for name, value in gradients.items()}))
+    with pytest.raises(SystemExit, match="gradient_difference"):  # rewards that the peer did not have
+        check(lambda groups, gradients: groups[0].update(rewards=torch.arange(4.0).flip(0)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peer, reads", [("ms_swift", 4), ("video_r1", 3)])
+def test_a_step_on_a_video_beside_its_peers(benchmark, tmp_path, peer, reads):
+    module = benchmark("video_step_vs_peers")
+    settings = module.Settings(quick=True, out=tmp_path, peers=(peer,))
+    if why := module.missing(peer, settings):
+        pytest.skip(why)
+    module.main(settings)
+    found = read(tmp_path, "video_step_vs_peers")
+    assert found["left_out"] == {} and found["cases"]
+    for case in found["cases"]:
+        assert case["logp_difference"] < 1e-4 and case["gradient_difference"] < 1e-4 and case["speedup"] > 0
+        assert case["sides"][peer]["prompts_read"] == case["sides"][peer]["videos_encoded"] == reads * case["G"] * case["B"]
+        assert case["sides"]["ours"]["prompts_read"] == 3 * case["B"]

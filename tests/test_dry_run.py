@@ -8,7 +8,7 @@ import pytest
 
 from deepvideo_r1.config import AugmentConfig, ObjectiveConfig, PolicyConfig, tiny_cpu
 from deepvideo_r1.dry_run import dry_run, show_dry_run, shrunken_config
-from deepvideo_r1.model.weights import FAMILIES
+from deepvideo_r1.model.families import model_class
 from deepvideo_r1.training.scale import BASES, base_config
 
 
@@ -35,7 +35,7 @@ def test_every_base_can_be_shrunken(base):
 
     config = shrunken_config(base_config(base))
     with torch.device("meta"):
-        model = FAMILIES[config.model_type](config)
+        model = model_class(config.model_type)(config)
     assert sum(p.numel() for p in model.parameters()) < 2e8
 
 

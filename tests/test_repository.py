@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ROOT / "deepvideo_r1"
@@ -108,8 +109,8 @@ def test_arrows_between_wings_run_one_way():
             del left[name]
     assert left == {}, "these import one another"
     # The idea stands on nothing but itself, what it is written with, and the settings.
-    idea = {"core", "config", "spelling", "answers", "judges", "reward", "advantage", "grpo", "reg_grpo", "baselines", "difficulty",
-            "hints", "augment"}
+    idea = {"core", "fields", "config", "spelling", "answers", "judges", "reward", "advantage", "grpo", "reg_grpo", "baselines", "difficulty",
+            "hints", "augment", "sampler_weights"}
     assert {other for name in idea for other in arrows[name]} <= idea
 
 
@@ -191,3 +192,22 @@ def test_constraints_cover_the_requirements():
 def test_make_help_lists_every_target():
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
     assert re.findall(r"^([a-z-]+) ", run("make", "help"), re.M) == targets
+
+
+def test_the_readme_names_the_versions_that_the_commands_test():
+    commands = {f"make {name}": run("make", "-n", name) for name in ("test-oldest", "test-newest")}
+    versions = {name: re.search(r"transformers==([\d.]+)", lines)[1] for name, lines in commands.items()}
+    pinned = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
+    versions["make test"] = pinned["transformers"]
+
+    rows = re.findall(r"^\| ([\d.]+) \| (\w+) \| (.+) \| `(make test\S*)` \|$", (ROOT / "README.md").read_text(), re.M)
+    assert {command: number for number, _, _, command in rows} == versions
+    oldest, middle, newest = (Version(versions[name]) for name in ("make test-oldest", "make test", "make test-newest"))
+    assert oldest <= middle <= newest and [which for _, which, _, _ in rows] == ["oldest", "pinned", "newest"]
+    for _, _, beside, _ in rows:
+        assert all(f"{name} {pinned[name]}" in beside for name in ("torch", "accelerate", "peft"))
+
+    # A version is in the table only after a run that the log tells of, and the requirement is the oldest one.
+    log, settings = ((ROOT / name).read_text() for name in ("LOG.md", "settings.ini"))
+    assert all(f"transformers {number}" in log for number in versions.values())
+    assert f"transformers>={versions['make test-oldest']}" in settings.split()

@@ -47,7 +47,8 @@ def load_visuals(
 ) -> list[tuple[Modality, Clip]]:  # modality and clip, in the order they are shown
     "Video and images of a sample at the size the encoder sees; raises `VideoError` for a bad file."
     max_pixels = min(max_pixels or processor.max_pixels, processor.max_pixels)
-    size = {"factor": processor.factor, "min_pixels": min(processor.min_pixels, max_pixels), "max_pixels": max_pixels}
+    min_pixels = processor.min_pixels if processor.min_pixels <= max_pixels else None  # a smaller upper bound counts
+    size = {"factor": processor.factor, "min_pixels": min_pixels, "max_pixels": max_pixels}
     visuals = []
     if sample.video:
         clip = _read(sample.video, read_video, timeout, max_frames=max_frames, fps=fps, **size)

@@ -90,12 +90,12 @@ def _plain(config: Any) -> Any:
 
 
 def _model_hash(policy: PolicyModel, processor: Processor) -> str:
-    "A hash of the weights, of the config, and of what turns a question into tokens."
+    "A hash of the weights, of the config, and of what turns a question into tokens and positions."
     numbers = {field.name: getattr(processor, field.name) for field in fields(processor) if field.name != "tokenizer"}
     plain = (int, float, str, tuple, list, dict)
     numbers = {name: value for name, value in numbers.items() if isinstance(value, plain)}
     return value_hash([weights_hash(policy), _plain(policy.base.config.to_dict()), tokenizer_hash(processor.tokenizer),
-                       policy.base.generation_config.eos_token_id, numbers])
+                       policy.base.generation_config.eos_token_id, policy.convention, numbers])
 
 
 def _settings_hash(settings: _AnswerSettings) -> str:

@@ -56,6 +56,22 @@ def _seconds_per_grid(clip: Clip, temporal_patch_size: int) -> float:
     return temporal_patch_size * (float(clip.timestamps[-1] - clip.timestamps[0]) / (n - 1) if n > 1 else 1.0)
 
 
+def _step_times(clip: Clip, temporal_patch_size: int) -> list[float]:
+    "The middle of each temporal step in seconds; the last frame is repeated until it fills its step."
+    times = [round(seconds, 4) for seconds in clip.timestamps.tolist()]  # float32: what is printed is the decimal
+    firsts = range(0, len(times), temporal_patch_size)
+    return [(times[i] + times[min(i + temporal_patch_size, len(times)) - 1]) / 2 for i in firsts]
+
+
+def _by_step(text: str, visuals: list[tuple[str, Clip]], processor: Processor) -> str:
+    "The text with each video as its temporal steps: time in words, marks, and one placeholder."
+    pad, clips = "<|video_pad|>", [clip for modality, clip in visuals if modality == "video"]
+    before, *after = text.split(pad)
+    steps = ["".join(f"<{seconds:.1f} seconds><|vision_start|>{pad}<|vision_end|>"
+                     for seconds in _step_times(clip, processor.temporal_patch_size)) for clip in clips]
+    return before + "".join(shown + words for shown, words in zip(steps, after))
+
+
 def _expand(ids: list[int], processor: Processor, counts: list[int]) -> list[int]:
     "The ids with each placeholder repeated as often as its visual has tokens."
     pad_ids, remaining, expanded = set(processor.pad_ids.values()), list(counts), []
@@ -107,6 +123,9 @@ def build_prompt(
     if (placed := sum(i in processor.pad_ids.values() for i in ids)) != len(visuals):
         raise QuestionError(f"sample {sample.id}: the chat template placed {placed} of {len(visuals)} visuals; ask "
                             "about fewer at a time")
+    if processor.family.is_stepwise:
+        text = _by_step(text, visuals, processor)
+        ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     # pixels, and a placeholder for every token that the encoder will return
     try:
@@ -116,6 +135,8 @@ def build_prompt(
     except ValueError as error:
         raise QuestionError(f"sample {sample.id}: {error}") from error
     counts = [int(n_visual_tokens(grid, merge_size=processor.merge_size)) for _, grid in patched]
+    if processor.family.is_stepwise:  # one placeholder for each step
+        counts = [n // steps for n, (_, grid) in zip(counts, patched) for steps in [int(grid[0])] for _ in range(steps)]
     return Prompt(
         prompt_ids=torch.tensor(_expand(ids, processor, counts)), text=text, prefix=prefix,
         patches=torch.cat([patches for patches, _ in patched]) if patched else None,

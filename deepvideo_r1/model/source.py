@@ -69,6 +69,8 @@ def read_settings(
         file = cached_file(path, name)
     except OSError:
         return None
+    if file is None:  # transformers raises no error for a missing config.json
+        return None
     try:
         settings = json.loads(Path(file).read_text(encoding="utf-8"))
     except ValueError as error:

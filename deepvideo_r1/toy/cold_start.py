@@ -89,7 +89,7 @@ def vision_loss(
     "Cross-entropy of colour and place, read from every second's token by a linear layer."
     chosen = [examples.videos[i] for i in index]
     features = policy.encode(torch.cat([p.patches for p in chosen]), torch.cat([p.grid_thw for p in chosen]))
-    colour, place = probe(features).split(4, dim=-1)
+    colour, place = probe(features[:, : probe.in_features]).split(4, dim=-1)  # the first features, without DeepStack's
     return (F.cross_entropy(colour, examples.colours[index].flatten())
             + F.cross_entropy(place, examples.places[index].flatten()))
 
@@ -243,7 +243,8 @@ def _make_cold_start(config: ToyConfig, world: Path, directory: Path, started: f
     "Trains the policy and writes it; returns the seconds that it took and the loss of the last steps."
     c = config.cold_start
     tiny = make_tiny_checkpoint(directory / "init", texts=world_texts(n_steps=config.world.n_steps), seed=c.seed,
-                                hidden_size=c.hidden_size, n_layers=c.n_layers, max_pixels=config.prompt.max_pixels)
+                                hidden_size=c.hidden_size, n_layers=c.n_layers, max_pixels=config.prompt.max_pixels,
+                                family=c.family)
     processor = load_processor(tiny)
     report("cold start", 0, c.vision_steps + c.sft_steps)
 

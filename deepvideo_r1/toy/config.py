@@ -15,6 +15,7 @@ from typing import get_args
 from deepvideo_r1.config import (
     AugmentConfig, ObjectiveConfig, ObjectiveName, PromptConfig, RolloutConfig, RunConfig, TrainConfig, check_fields,
 )
+from ..model.families import FAMILIES
 
 # %% ../../nbs/toy/00_config.ipynb #aac4a7da
 @dataclass(frozen=True)
@@ -52,8 +53,11 @@ class ColdStartConfig:
     hidden_size: int = 96  # width of the language model
     n_layers: int = 3  # layers of the language model
     seed: int = 0  # seed of weights and batches
+    family: str = "qwen2_5_vl"  # kind of model: qwen2_vl, qwen2_5_vl, qwen3_vl or qwen3_vl_moe
 
     def __post_init__(self):
+        if self.family not in FAMILIES:
+            raise ValueError(f"cold_start.family is {self.family!r}, allowed are {', '.join(FAMILIES)}")
         check_fields(self, "cold_start.", above_0=("learning_rate",), at_least_0=("perception_weight", "warmup_steps"),
                      at_least_1=("vision_steps", "sft_steps", "vision_batch", "sft_batch", "hidden_size", "n_layers"))
 
@@ -132,7 +136,8 @@ def arm_config(
 def config_hash(
     *records: object,  # config records
 ) -> str:
-    "A short name for the content of config records; where decoded clips are kept does not count."
-    contents = [{k: v for k, v in asdict(record).items() if not k.startswith("cache_")} for record in records]
+    "A short name for the content of config records, but for where clips are kept and for the usual family."
+    contents = [{k: v for k, v in asdict(record).items() if not k.startswith("cache_")
+                 and (k, v) != ("family", ColdStartConfig.family)} for record in records]
     text = json.dumps(contents, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=5).hexdigest()

@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PretrainedConfig
+from transformers import PretrainedConfig
 
 from ..config import PolicyConfig
 from ..core import Prompt, Rollout, Sample
+from ..model.batch import make_batch
+from ..model.decoding import RowCache, read_prompts, read_tokens
 from ..model.policy import PolicyModel, rollout_batch
 from ..model.precision import hold_masters
-from ..model.rollout import complete
+from ..model.sampling import sample_tokens
 from .scale import MemoryMeter, Moment, Weights, count_weights, weightless_policy
 
 # %% ../../nbs/training/09_moments.ipynb #88cdf25c
@@ -52,7 +54,8 @@ def _prompt(policy: PolicyModel, work: Workload, length: int) -> tuple[Prompt, T
     with policy.fake_mode:
         patches = torch.empty(n_visual * vision.spatial_merge_size**2,
                               3 * vision.temporal_patch_size * vision.patch_size**2)
-        features = torch.empty(n_visual, config.text_config.hidden_size, dtype=policy.dtype)
+        n_features = 1 + (len(vision.deepstack_visual_indexes) if policy.family.is_stepwise else 0)
+        features = torch.empty(n_visual, n_features * config.text_config.hidden_size, dtype=policy.dtype)
     return Prompt(ids, patches, grid, ("video",), (1.0,)), features
 
 # %% ../../nbs/training/09_moments.ipynb #102509aa
@@ -127,25 +130,24 @@ def trace_sampling(
 ) -> dict[str, Moment]:  # "prefill", "decode"; what decoding keeps is the KV cache
     "Memory of the program's own sampling: reading the prompts, then the last token of responses of full length."
     policy.eval()
-    runs = ((work.prompt_tokens, 1, ("prefill",)),
-            (work.prompt_tokens + max(0, work.max_tokens - 3), 3, ("reread", "first", "decode")))
-    moments: dict[str, Moment] = {}
-    for length, n_tokens, names in runs:
-        meter, names = MemoryMeter([*policy.parameters(), *policy.buffers()]), iter(names)
+    prompt, features = _prompt(policy, work, work.prompt_tokens)
+    meter, kept = MemoryMeter([*policy.parameters(), *policy.buffers()]), {}
+    with meter, torch.no_grad():
+        batch = make_batch(policy, [prompt] * work.prompts_sampled, visual_features=[features] * work.prompts_sampled)
+        hidden, prompts = read_prompts(policy, batch)
+        meter.mark("prefill")
+        kept["prefill"] = prompts.nbytes
 
-        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            cache = kwargs["past_key_values"]
-            meter.mark(name := next(names))
-            moments[name] = replace(meter.moments[name], kept=_cache_bytes(cache))
-
-        prompt, features = _prompt(policy, work, length)
-        uniforms = torch.zeros(work.prompts_sampled, work.group_size, n_tokens, dtype=torch.float64)
-        hook = policy.base.model.language_model.register_forward_hook(after, with_kwargs=True)
-        with meter:
-            complete(policy, [prompt] * work.prompts_sampled, uniforms, stop_ids=[-1],
-                     visual_features=[features] * work.prompts_sampled)
-        hook.remove()
-    return {name: moments[name] for name in ("prefill", "decode")}
+        # the last token, twice: the first time makes room for all tokens before it
+        rows = RowCache(prompts, work.group_size, work.max_tokens, first_room=work.max_tokens)
+        rows.length = work.max_tokens - 1
+        hidden, position = (x.repeat_interleave(work.group_size, 0) for x in (hidden, batch.next_position))
+        for name in ("room", "decode"):
+            ids, _ = sample_tokens(policy.base.lm_head(hidden), torch.zeros(work.rows), banned=policy.banned)
+            hidden = read_tokens(policy, rows, ids, position)
+            meter.mark(name)
+        kept["decode"] = rows.nbytes
+    return {name: replace(meter.moments[name], kept=held) for name, held in kept.items()}
 
 
 def trace_encoder(
@@ -161,11 +163,6 @@ def trace_encoder(
     meter.mark("encode")
     one = meter.moments["encode"]
     return Moment(*(work.prompts_sampled * count for count in (one.peak, 0, one.kernels, one.flops)))
-
-
-def _cache_bytes(cache: Cache) -> int:
-    "Bytes of all keys and values."
-    return sum(x.untyped_storage().nbytes() for layer in cache.layers for x in (layer.keys, layer.values))
 
 # %% ../../nbs/training/09_moments.ipynb #ca1e7fc0
 class ModelScale:
@@ -194,8 +191,9 @@ class ModelScale:
     def sampling(self, policy: PolicyConfig, work: Workload) -> dict[str, Moment]:
         "Moments of `trace_encoder` and `trace_sampling`, for all layers."
         policy = replace(_counted(policy), gradient_checkpointing=False)
-        one, two = (self._sampling(policy, replace(work, prompts_scored=1, prompts_sampled=n)) for n in (1, 2))
-        return {name: _line(one[name], two[name], work.prompts_sampled - 1) for name in one}
+        few = [self._sampling(policy, replace(work, prompts_scored=1, prompts_sampled=n))
+               for n in ((1,) if work.prompts_sampled == 1 else (2, 3))]  # with one prompt fewer copies are made
+        return {name: _line(few[0][name], few[-1][name], work.prompts_sampled - len(few)) for name in few[0]}
 
     def _count(self, lora_rank: int) -> Weights:
         whole = count_weights(weightless_policy(self.config, fake=False))

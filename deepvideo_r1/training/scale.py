@@ -21,14 +21,15 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
-from transformers import PretrainedConfig, Qwen2_5_VLConfig, Qwen2VLConfig
+from transformers import PretrainedConfig
 
 from ..config import PolicyConfig
 from ..model.adapter_files import LORA_TARGETS
 from ..model.adapters import add_adapter
+from ..model.families import FAMILIES, model_class
 from ..model.policy import PolicyModel
 from ..model.source import check_name, find_adapter
-from ..model.weights import FAMILIES, checked_config
+from ..model.weights import checked_config
 
 # %% ../../nbs/training/07_scale.ipynb #8f8100c1
 _NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -39,8 +40,17 @@ _BASES = {  # hub id -> family, values of `_NAMES`, MLP width of the encoder
     "Qwen/Qwen2.5-VL-3B-Instruct": ("qwen2_5_vl", (2048, 11008, 36, 16, 2, 151936, True), 3420),
     "Qwen/Qwen2.5-VL-7B-Instruct": ("qwen2_5_vl", (3584, 18944, 28, 28, 4, 152064, False), 3420),
     "Qwen/Qwen2.5-VL-32B-Instruct": ("qwen2_5_vl", (5120, 27648, 64, 40, 8, 152064, False), 3456),
-    "Qwen/Qwen2.5-VL-72B-Instruct": ("qwen2_5_vl", (8192, 29568, 80, 64, 8, 152064, False), 3456)}
+    "Qwen/Qwen2.5-VL-72B-Instruct": ("qwen2_5_vl", (8192, 29568, 80, 64, 8, 152064, False), 3456),
+    "Qwen/Qwen3-VL-2B-Instruct": ("qwen3_vl", (2048, 6144, 28, 16, 8, 151936, True), 4096),
+    "Qwen/Qwen3-VL-4B-Instruct": ("qwen3_vl", (2560, 9728, 36, 32, 8, 151936, True), 4096),
+    "Qwen/Qwen3-VL-8B-Instruct": ("qwen3_vl", (4096, 12288, 36, 32, 8, 151936, False), 4304),
+    "Qwen/Qwen3-VL-32B-Instruct": ("qwen3_vl", (5120, 25600, 64, 64, 8, 151936, False), 4304),
+    "Qwen/Qwen3-VL-30B-A3B-Instruct": ("qwen3_vl_moe", (2048, 6144, 48, 32, 4, 151936, False), 4304)}
 BASES = tuple(_BASES)
+_STEPWISE_TEXT = dict(head_dim=128, max_position_embeddings=262144, rope_parameters={
+    "rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": True, "rope_theta": 5e6})
+_EXPERTS = dict(num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, decoder_sparse_step=1)
+_STEPWISE_VISION = {4096: (24, 1024, [5, 11, 17]), 4304: (27, 1152, [8, 16, 24])}  # depth, width, blocks of DeepStack
 
 
 def base_config(
@@ -52,18 +62,25 @@ def base_config(
         raise ValueError(f"the shape of {name!r} is not stored, allowed are {', '.join(BASES)}")
     family, values, mlp_width = _BASES[name]
     text = dict(zip(_NAMES, values), max_position_embeddings=128000, bos_token_id=None, eos_token_id=None,
-                rope_parameters={"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}) | changes
+                rope_parameters={"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6})
+    text |= (_STEPWISE_TEXT if FAMILIES[family].is_stepwise else {}) | \
+        (_EXPERTS if FAMILIES[family].has_experts else {}) | changes
 
     # the encoder, and the ids of the placeholders
-    common = dict(depth=32, num_heads=16, patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
+    vision = dict(depth=32, num_heads=16, patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
+    width = text["hidden_size"]
+    if FAMILIES[family].is_stepwise:
+        depth, hidden, deepstack = _STEPWISE_VISION[mlp_width]
+        vision |= dict(depth=depth, hidden_size=hidden, intermediate_size=mlp_width, out_hidden_size=width,
+                       patch_size=16, num_position_embeddings=2304, deepstack_visual_indexes=deepstack)
+    elif family == "qwen2_vl":
+        vision |= dict(embed_dim=1280, mlp_ratio=4, hidden_size=width)
+    else:
+        vision |= dict(hidden_size=1280, intermediate_size=mlp_width, out_hidden_size=width,
+                       fullatt_block_indexes=[7, 15, 23, 31], window_size=112, tokens_per_second=2)
     ids = dict(image_token_id=151655, video_token_id=151656, vision_start_token_id=151652, vision_end_token_id=151653,
                tie_word_embeddings=text["tie_word_embeddings"])
-    if family == "qwen2_vl":
-        vision = dict(common, embed_dim=1280, mlp_ratio=4, hidden_size=text["hidden_size"])
-        return Qwen2VLConfig(text_config=text, vision_config=vision, **ids)
-    vision = dict(common, hidden_size=1280, intermediate_size=mlp_width, out_hidden_size=text["hidden_size"],
-                  fullatt_block_indexes=[7, 15, 23, 31], window_size=112, tokens_per_second=2)
-    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
+    return model_class(family).config_class(text_config=text, vision_config=vision, **ids)
 
 
 def find_config(
@@ -134,6 +151,8 @@ def _flops(packet: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:
     "FLOPs of one operation; attention counts whole squares, as torch counts it on GPUs."
     if packet in flop_registry:
         return flop_registry[packet](*args, **kwargs, out_val=out)
+    if packet.__name__ == "_grouped_mm":  # the experts of a layer, each with the tokens that chose it
+        return 2 * args[0].shape[-2] * args[0].shape[-1] * args[1].shape[-1]
     if packet.__name__ == _CPU_ATTENTION:
         return sdpa_flop_count(*(x.shape for x in args[:3]))
     if packet.__name__ == f"{_CPU_ATTENTION}_backward":
@@ -168,15 +187,16 @@ def weightless_policy(
     text, vision = config.text_config, config.vision_config
     if n_layers is not None:  # and one block of each kind in the encoder, which is not trained
         text.num_hidden_layers, text.layer_types = n_layers, ["full_attention"] * n_layers
-        vision.depth, vision.fullatt_block_indexes = 2, [1]
+        vision.depth, vision.fullatt_block_indexes, vision.deepstack_visual_indexes = 2, [1], [0, 1]
     with torch.device("meta"):
-        hf = FAMILIES[config.model_type]._from_config(config, dtype=getattr(torch, policy.dtype))
+        hf = model_class(config.model_type)._from_config(config, dtype=getattr(torch, policy.dtype))
 
     # as `load_policy` sets it up
     hf.set_attn_implementation({"text_config": "shared_prefix", "vision_config": "sdpa"})
     with warnings.catch_warnings(action="ignore"):  # newer versions of transformers have other names for checkpointing
         if policy.gradient_checkpointing:
-            hf.gradient_checkpointing_enable({"use_reentrant": False})
+            enable = getattr(hf, "activation_checkpointing_enable", None) or hf.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
             hf.enable_input_require_grads()
         if policy.lora_rank:
             lora = LoraConfig(r=policy.lora_rank, lora_alpha=policy.lora_alpha, target_modules=LORA_TARGETS)
@@ -187,6 +207,8 @@ def weightless_policy(
         _replace_weights(hf, mode)
     made = PolicyModel(hf, pad_ids=(config.video_token_id, config.image_token_id))
     made.fake_mode = mode
+    if fake and FAMILIES[config.model_type].is_stepwise:  # a choice by mask needs numbers: the copy it makes counts
+        made.base.model.language_model._deepstack_process = lambda hidden, mask, features: hidden.clone()
     return made
 
 # %% ../../nbs/training/07_scale.ipynb #bcdd4bca

@@ -132,5 +132,10 @@ STEP_METRICS: Glossary = {
     "log_ratio_std": Meaning("spread of the log-ratios of whole responses within a group", "nats", _UPDATE),
     "sampler_gap": Meaning("|difference| of a token's log-probability, sampler and scoring pass", "nats", _TOKENS),
     "sampler_gap_max": Meaning("largest sampler_gap of a token", "nats", "maximum over tokens in the update"),
+    "engine_gap": Meaning("|difference| of a token's log-probability, engine and scoring pass, at a comparison",
+                          "nats", "original groups of a comparison"),
+    "engine_gap_max": Meaning("largest engine_gap of a token", "nats", "original groups of a comparison"),
+    "sampler_weight": Meaning("importance weight of scorer over sampler, after the cut", "ratio", _TOKENS),
+    "sampler_weight_cut": Meaning("share of tokens whose weight was cut to engine.max_weight", "share", _TOKENS),
     "sampler_kl": Meaning("k3 estimate of KL(sampler, scorer)", "nats per token", _TOKENS),
 }

@@ -14,17 +14,20 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from ..baselines import OBJECTIVES, needs_reference, objective_knobs
-from ..config import ObjectiveConfig, TrainConfig
+from ..config import EngineConfig, ObjectiveConfig, TrainConfig
 from ..core import Prompt, Rollout, Sample
+from ..grpo import average_over_real_tokens
 from ..model.batch import PolicyBatch
 from ..model.policy import PolicyModel, rollout_batch
 from ..model.precision import MasterWeights, hold_masters
 from ..model.sharding import gathered, prepare_sharded
+from ..sampler_weights import sampler_weights, weigh_gradient
 from ..support.clock import PhaseClock
 from ..support.interrupts import TrainingError
 from .reference import Reference
@@ -149,6 +152,7 @@ class _Chunk:
     rewards: Tensor  # (B, G)
     reference: Tensor | None  # (B, G, T) log pi_ref, or None where the loss needs none
     old: Tensor | None = None  # (B, G, T) log pi_old, known from the first update on
+    weights: Tensor | None = None  # (B, G, T) importance weights against the sampler, where they are wanted
 
 
 def _whole_batch(objective: ObjectiveConfig, rollouts: Sequence[Rollout],
@@ -178,25 +182,42 @@ def _make_chunk(learner: Learner, groups: list[Rollout], weight: float, objectiv
     return _Chunk(groups, weight, batch, rewards, reference)
 
 
-def _backward(learner: Learner, chunk: _Chunk, objective: ObjectiveConfig, max_tokens: float) -> dict[str, Tensor]:
+def _weights_of(chunk: _Chunk, engine: EngineConfig) -> Tensor:
+    "Importance weights of the scorer over the sampler, for the tokens of a chunk."
+    width = chunk.old.shape[-1]
+    sampled = torch.stack([F.pad(group.sampled_logps, (0, width - group.sampled_logps.shape[-1]))
+                           for group in chunk.groups]).to(chunk.old)
+    return sampler_weights(chunk.old, sampled, chunk.batch.completion_mask, kind=engine.weight,
+                           max_weight=engine.max_weight)
+
+
+def _backward(learner: Learner, chunk: _Chunk, objective: ObjectiveConfig, max_tokens: float,
+              engine: EngineConfig) -> dict[str, Tensor]:
     "Adds the chunk's gradient, and sets its old log-probabilities the first time; returns its weighted metrics."
     logps = learner.model(chunk.batch)
     if chunk.old is None:
         chunk.old = logps.detach()
+        chunk.weights = None if engine.weight == "none" else _weights_of(chunk, engine)
+    if chunk.weights is not None:
+        logps = weigh_gradient(logps, chunk.weights)
     loss, metrics = OBJECTIVES[objective.name](logps, chunk.old, chunk.reference, chunk.batch.completion_mask,
                                                chunk.rewards, **objective_knobs(objective, max_tokens))
     learner.accelerator.backward(loss * chunk.weight)
+    if chunk.weights is not None:
+        mean = lambda values: average_over_real_tokens(values.float(), chunk.batch.completion_mask)
+        metrics |= {"sampler_weight": mean(chunk.weights),
+                    "sampler_weight_cut": mean(chunk.weights >= engine.max_weight)}
     return {name: torch.as_tensor(value, device=loss.device).detach().float() * chunk.weight
             for name, value in metrics.items()}
 
 
 def _add_gradients(learner: Learner, chunks: Sequence[_Chunk], objective: ObjectiveConfig,
-                   max_tokens: float) -> dict[str, Tensor]:
+                   max_tokens: float, engine: EngineConfig) -> dict[str, Tensor]:
     "Adds up the gradients of all chunks; returns the sums of their weighted metrics."
     learner.optimizer.zero_grad()
     totals: dict[str, Tensor] = {}
     for chunk in chunks:
-        for name, value in _backward(learner, chunk, objective, max_tokens).items():
+        for name, value in _backward(learner, chunk, objective, max_tokens, engine).items():
             totals[name] = totals.get(name, 0.0) + value
     return totals
 
@@ -214,6 +235,7 @@ def update_policy(
     *,
     objective: ObjectiveConfig = ObjectiveConfig(),  # loss to minimise
     train: TrainConfig = TrainConfig(),  # inner updates, learning rate, gradient norm
+    engine: EngineConfig = EngineConfig(),  # the weight of the scorer over the sampler
     max_tokens: int = 256,  # longest response that may be sampled
     step: int = 0,  # training step, from 0
     clock: PhaseClock | None = None,  # counts the seconds of reference and update
@@ -237,7 +259,7 @@ def update_policy(
         for settings in learner.optimizer.param_groups:
             settings["lr"] = rate
         with clock("update"):
-            totals = _add_gradients(learner, chunks, objective, max_tokens)
+            totals = _add_gradients(learner, chunks, objective, max_tokens, engine)
             totals["grad_norm"] = _clip_gradient(learner, train.max_grad_norm)
             if not math.isfinite(norm := float(totals["grad_norm"])):
                 raise TrainingError(f"step {step}: grad_norm is {norm} before update {update}; "

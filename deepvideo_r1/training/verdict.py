@@ -33,7 +33,7 @@ def _harmless_changes(plan: Plan) -> Iterator[Change]:
     if plan.work.prompts_scored > 1:
         train = replace(config.train, prompts_per_forward=1)
         yield "train.prompts_per_forward 1", replace(config, train=train), arrangement
-    if plan.work.prompts_sampled > 1:
+    if plan.work.prompts_sampled > 1 and config.rollout.batch_rows is not None:
         rows = (plan.work.prompts_sampled + 1) // 2 * plan.work.group_size
         rollout = replace(config.rollout, batch_rows=rows)
         yield f"rollout.batch_rows {rows}", replace(config, rollout=rollout), arrangement
