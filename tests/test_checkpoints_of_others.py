@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-import deepvideo_r1.model.rollout as rollout_module
 from deepvideo_r1 import cli
 from deepvideo_r1.config import ObjectiveConfig, RolloutConfig, TrainConfig
+import deepvideo_r1.model.decoding as decoding_module
 from deepvideo_r1.core import Clip, Sample, make_generator
 from deepvideo_r1.model.policy import group_logps, load_policy, rollout_batch, save_policy
 from deepvideo_r1.model.prompt import QuestionError, build_prompt, load_processor
@@ -530,14 +530,14 @@ def test_broken_files_of_a_processor_are_refused_in_one_line(model, name, conten
 def write_response(monkeypatch, policy, processor, text, then=0):
     "What `rollout_groups` makes of a policy that writes this text, and after it one token again and again."
     ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-    steps, draw = iter([*ids, *[then] * 99]), rollout_module.sample_tokens
+    steps, draw = iter([*ids, *[then] * 99]), decoding_module.sample_tokens
 
     def forced(logits, uniforms, **rest):
         drawn, logps = draw(logits, uniforms, **rest)
         drawn[:] = next(steps)
         return drawn, logps
 
-    monkeypatch.setattr(rollout_module, "sample_tokens", forced)
+    monkeypatch.setattr(decoding_module, "sample_tokens", forced)
     prompt = build_prompt(QUESTION, [], processor)
     rollout, = rollout_groups(policy, processor, [QUESTION], [prompt], [(0,)], group_size=2, max_tokens=60)
     return rollout, len(ids)
