@@ -532,8 +532,8 @@ def write_response(monkeypatch, policy, processor, text, then=0):
     ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
     steps, draw = iter([*ids, *[then] * 99]), decoding_module.sample_tokens
 
-    def forced(logits, uniforms, **rest):
-        drawn, logps = draw(logits, uniforms, **rest)
+    def forced(logits, uniforms, *settings, **rest):
+        drawn, logps = draw(logits, uniforms, *settings, **rest)
         drawn[:] = next(steps)
         return drawn, logps
 
