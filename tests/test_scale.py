@@ -278,7 +278,7 @@ def test_adapters_of_the_7b_on_one_card(seven):
                                   (loss, "AdamW states", 1.3), (rollout, "KV cache", read)):
         check_close(billions(parts, name), expected, name, 0.03)
     assert loss["reference"] == 0
-    check_close(plan.peak[1] / 1e9, 26, "sum")  # there all moments are added up
+    check_close(plan.peak[1] / 1e9, 26 - 3.9 + read, "sum")  # there all moments are added up, with a prompt for each row
     assert plan.disk["checkpoints"] / 1e9 < 5
 
 
