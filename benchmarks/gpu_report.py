@@ -30,7 +30,7 @@ from deepvideo_r1.config import ObjectiveConfig, PolicyConfig, RolloutConfig, Ru
 from deepvideo_r1.model.adapter_files import LORA_TARGETS
 from deepvideo_r1.model.adapters import add_adapter
 from deepvideo_r1.model.kernels import available_kernels, check_kernels
-from deepvideo_r1.model.policy import PolicyModel, group_logps
+from deepvideo_r1.model.policy import PolicyModel, group_logps, set_up
 from deepvideo_r1.model.rollout import complete
 from deepvideo_r1.training.moments import ModelScale
 from deepvideo_r1.training.plan import GPUS, Gpu, find_gpu, make_plan
@@ -71,10 +71,7 @@ def make_model(settings: Settings, size: str, policy: PolicyConfig, layers: int 
     SIZES[name] = text if layers is None else (*text[:2], layers, *text[3:]), vision
     options = replace(settings, quick=False, size=name, dtype=policy.dtype)
     hf = random_weights(Qwen2_5_VLForConditionalGeneration, vl_config(name), options)
-    hf.set_attn_implementation({"text_config": "shared_prefix", "vision_config": "sdpa"})
-    if policy.gradient_checkpointing:
-        hf.gradient_checkpointing_enable({"use_reentrant": False})
-        hf.enable_input_require_grads()
+    set_up(hf, gradient_checkpointing=policy.gradient_checkpointing)
     if policy.lora_rank:
         hf = add_adapter(hf, LoraConfig(r=policy.lora_rank, lora_alpha=policy.lora_alpha, target_modules=LORA_TARGETS))
     return PolicyModel(hf, pad_ids=(VIDEO, IMAGE), banned_ids=(VIDEO, IMAGE), attention=settings.attention).to(settings.device)

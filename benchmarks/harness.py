@@ -187,6 +187,16 @@ def clock(options: Options) -> str:
     return "cpu_s" if options.device == "cpu" else "wall_s"
 
 
+def time_sides(case: dict[str, Any], sides: dict[str, Callable[[], Any]], options: Options, *, peer: str, ours: str) -> None:
+    "Times the sides of a case in turns, and adds the ratios of the peer's time to ours and of our memory to the peer's."
+    rows, key = case["sides"], clock(options)
+    for name, seconds in interleaved(sides, options).items():
+        rows[name] |= seconds
+    case["speedup"] = rows[peer][key] / rows[ours][key]
+    if rows[ours]["peak_mib"]:
+        case["memory_ratio"] = rows[ours]["peak_mib"] / rows[peer]["peak_mib"]
+
+
 def peak_memory(run: Callable[[], Any], options: Options) -> float | None:
     "`PeakMemory` of one run."
     meter = PeakMemory(options).start()

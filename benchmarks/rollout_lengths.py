@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 import tyro
-from harness import PAD, VIDEO, Options, clock, interleaved, make_policy, make_prompt, peak_memory, save, show, use_attention
+from harness import PAD, VIDEO, Options, clock, make_policy, make_prompt, peak_memory, save, show, time_sides, use_attention
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
@@ -136,13 +136,9 @@ def measure(policy: PolicyModel, prompt: Prompt, n_prompts: int, options: Settin
 
     for name, run in runs.items():
         case["sides"][name]["peak_mib"] = peak_memory(run, options)
-    for name, seconds in interleaved(runs, options).items():
-        case["sides"][name] |= seconds
+    time_sides(case, runs, options, peer="generate", ours="rollout")
     key = clock(options)
-    case["speedup"] = case["sides"]["generate"][key] / case["sides"]["rollout"][key]
     case["speedup_over_rows_stay"] = case["sides"]["rows stay"][key] / case["sides"]["rollout"][key]
-    if case["sides"]["rollout"]["peak_mib"]:
-        case["memory_ratio"] = case["sides"]["rollout"]["peak_mib"] / case["sides"]["generate"]["peak_mib"]
     return case
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import tyro
-from harness import (PAD, VIDEO, Options, check_equal, clock, interleaved, make_policy, make_prompt, peak_memory, save, show,
+from harness import (PAD, VIDEO, Options, check_equal, clock, make_policy, make_prompt, peak_memory, save, show, time_sides,
                      use_attention)
 from torch import Tensor
 
@@ -94,12 +94,7 @@ def measure(policy: PolicyModel, prompt: Prompt, groups: int, n_tokens: int, opt
         case["sides"][name]["videos_encoded"] = sum(patches) / len(prompt.patches)
         assert shapes == [(groups, n_tokens)], f"{name} returned {shapes}"
     hook.remove()
-    for name, seconds in interleaved(sides, options).items():
-        case["sides"][name] |= seconds
-    key = clock(options)
-    case["speedup"] = case["sides"]["generate"][key] / case["sides"]["rollout"][key]
-    if case["sides"]["rollout"]["peak_mib"]:
-        case["memory_ratio"] = case["sides"]["rollout"]["peak_mib"] / case["sides"]["generate"]["peak_mib"]
+    time_sides(case, sides, options, peer="generate", ours="rollout")
     return case
 
 

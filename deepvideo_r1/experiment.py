@@ -31,7 +31,7 @@ from .data.datasets import Samples, load_samples
 from .data.mixture import load_mixture
 from .model.policy import PolicyModel, load_policy, save_policy
 from .model.prompt import Processor, load_processor
-from .model.vllm_engine import check_versions, start_vllm
+from .model.vllm_engine import check_policy, check_versions, start_vllm
 from .reward import load_reward, try_reward
 from .support.checkpoint import check_free_space, whole_checkpoints
 from .support.files import naming_disk_errors
@@ -88,15 +88,14 @@ def read_parts(
 
     if config.engine.name == "vllm":
         check_versions()
-        if config.policy.positions != "after_video":
-            raise ValueError(f"policy.positions is {config.policy.positions!r}, and vLLM places the text after a video "
-                             "past the whole video; set policy.positions to after_video, or engine.name to builtin")
         if config.objective.name in SAMPLED_FROM_REFERENCE:
             raise ValueError(f"objective.name is {config.objective.name!r}, which samples from the reference; only the "
                              "built-in engine does that: set engine.name to builtin")
 
     settings = asdict(config.policy)
     policy = load_policy(config.model, temperature=config.rollout.temperature, seed=config.train.seed, **settings)
+    if config.engine.name == "vllm":
+        check_policy(policy, config.engine)
     return RunParts(policy, processor, samples, reward, held_out)
 
 

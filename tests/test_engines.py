@@ -57,14 +57,14 @@ def test_rows_that_leave_change_no_response(asked, tiny_model, cache, leave_at, 
     assert (ends.sum(-1) <= 1).all() and (done.ids[~done.mask] == 0).all() and (done.logps[~done.mask] == 0).all()
 
 
-@pytest.mark.parametrize("dtype, bound", [("float32", 2e-5), ("bfloat16", 0.05)])
-def test_what_is_sampled_is_what_is_scored(asked, tiny_model, dtype, bound):
+@pytest.mark.parametrize("dtype, mean, largest", [("float32", 5e-6, 2e-5), ("bfloat16", 0.03, 0.15)])
+def test_what_is_sampled_is_what_is_scored(asked, tiny_model, dtype, mean, largest):
     policy = load_policy(tiny_model, dtype=dtype)
     _, processor, samples, prompts = asked
     keys = [(0, i) for i in range(4)]
     for group in rollout_groups(policy, processor, samples, prompts, keys, group_size=6, max_tokens=40):
         gap = (group_logps(policy, group).detach() - group.sampled_logps)[group.completion_mask].abs()
-        assert gap.max() < bound
+        assert gap.mean() < mean and gap.max() < largest
 
 
 def test_the_prompt_is_kept_once(asked):

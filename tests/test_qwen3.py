@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_policy import clip
 from transformers import AutoConfig, Qwen3VLForConditionalGeneration, Qwen3VLMoeForConditionalGeneration
 
-from deepvideo_r1.core import Clip, Sample, make_generator
+from deepvideo_r1.core import Sample
 from deepvideo_r1.data.visuals import load_visuals
 from deepvideo_r1.model.packing import POSITIONS
 from deepvideo_r1.model.policy import group_logps, load_policy, save_policy
@@ -28,11 +29,6 @@ def checkpoints(tmp_path_factory):
     torch.set_num_threads(1)
     return {family: make_tiny_checkpoint(tmp_path_factory.mktemp("model") / family, texts=world_texts(), hidden_size=48,
                                          n_layers=3, family=family, patch_size=16, max_pixels=64 * 96) for family in PLAIN}
-
-
-def clip(n_frames, height, width, *, seconds=0.5, seed=0):
-    pixels = torch.randint(0, 256, (n_frames, 3, height, width), generator=make_generator(seed), dtype=torch.uint8)
-    return Clip(pixels, torch.arange(n_frames) * seconds)
 
 
 VISUALS = {

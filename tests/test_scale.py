@@ -16,7 +16,7 @@ from deepvideo_r1.core import Prompt, Rollout, Sample
 from deepvideo_r1.model.adapter_files import LORA_TARGETS
 from deepvideo_r1.model.adapters import add_adapter
 from deepvideo_r1.model.families import model_class
-from deepvideo_r1.model.policy import PolicyModel, rollout_batch
+from deepvideo_r1.model.policy import PolicyModel, rollout_batch, set_up
 from deepvideo_r1.model.rollout import complete
 from deepvideo_r1.training.moments import ModelScale
 from deepvideo_r1.training.plan import PHASES, Arrangement, find_gpu, make_plan
@@ -56,10 +56,7 @@ def small_config(shape: str):
 def real_policy(config, settings: PolicyConfig) -> PolicyModel:
     "The same model with random weights, as `load_policy` sets it up."
     hf = model_class(config.model_type)._from_config(copy.deepcopy(config), dtype=getattr(torch, settings.dtype))
-    hf.set_attn_implementation({"text_config": "shared_prefix", "vision_config": "sdpa"})
-    if settings.gradient_checkpointing:
-        hf.gradient_checkpointing_enable({"use_reentrant": False})
-        hf.enable_input_require_grads()
+    set_up(hf, gradient_checkpointing=settings.gradient_checkpointing)
     if settings.lora_rank:
         hf = add_adapter(hf, LoraConfig(r=settings.lora_rank, target_modules=LORA_TARGETS))
     return PolicyModel(hf, pad_ids=(2, 1), banned_ids=(1, 2)).eval()

@@ -13,8 +13,8 @@ from typing import Literal, NamedTuple
 
 import psutil
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..core import Prompt, QuestionError
 from ..data.video import n_visual_tokens
@@ -52,15 +52,10 @@ class PromptCache:
         "Memory of all keys and values."
         return sum(x.nbytes for pair in self.layers.values() for x in pair)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         "Keeps keys and values, and returns the causal attention (B, P, heads, d) of the prompts."
-        self.layers[layer] = key, value
-        grouped = query.device.type == "cpu" or self._mask is None  # no fused kernel of a GPU takes a mask as well
-        if not grouped:
-            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=self._mask, is_causal=self._mask is None,
-                                             scale=scale, enable_gqa=grouped)
-        return out.transpose(1, 2)
+        self.layers[module.layer_idx] = key, value
+        return sdpa_attention_forward(module, query, key, value, self._mask, scaling=scale)[0]
 
     def keep(self, index: Tensor) -> None:
         "Lets all prompts go but those at `index`."
@@ -155,11 +150,12 @@ class RowCache:
             cache.index_copy_(3, self.now, self._to_grid(x))
         return held if self.static else tuple(x[:, :, :, : self.length + 1] for x in held)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         "Keeps the keys and values of one new token of each row, and returns its attention (N, 1, heads, d)."
         if self.length == self.room:
             self.room = min(2 * self.room, self.max_tokens)
-        (prompt_keys, prompt_values), (keys, values) = self.prompts.layers[layer], self._store(layer, key, value)
+        prompt_keys, prompt_values = self.prompts.layers[module.layer_idx]
+        keys, values = self._store(module.layer_idx, key, value)
         (n_rows, n_heads, _, size), width = query.shape, prompt_keys.shape[2]
         query = (query * scale).reshape(n_rows, key.shape[1], -1, size)
         query = self._to_grid(query).contiguous()  # (B, key heads, R, r, d)

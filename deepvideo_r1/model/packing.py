@@ -145,7 +145,7 @@ def shared_prefix_attention(
     "Attention over rows [prompt, y1, ..., yG] for a `SharedPrefix` mask; otherwise transformers' own SDPA attention."
     attention_mask = kwargs.pop("layout", attention_mask)
     if hasattr(attention_mask, "attend"):  # keys and values are being kept, see `decoding`
-        return attention_mask.attend(module.layer_idx, query, key, value, kwargs["scaling"]), None
+        return attention_mask.attend(module, query, key, value, kwargs["scaling"]), None
     if not isinstance(attention_mask, SharedPrefix):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     layout, width, group_size = attention_mask, attention_mask.prompt_length, attention_mask.group_size

@@ -7,7 +7,6 @@ __all__ = ['BASES', 'base_config', 'find_config', 'Moment', 'MemoryMeter', 'weig
 
 # %% ../../nbs/training/07_scale.ipynb #518b8e99
 import copy
-import warnings
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from ..config import PolicyConfig
 from ..model.adapter_files import LORA_TARGETS
 from ..model.adapters import add_adapter
 from ..model.families import FAMILIES, model_class
-from ..model.policy import PolicyModel
+from ..model.policy import PolicyModel, set_up
 from ..model.source import check_name, find_adapter
 from ..model.weights import checked_config
 
@@ -191,16 +190,11 @@ def weightless_policy(
     with torch.device("meta"):
         hf = model_class(config.model_type)._from_config(config, dtype=getattr(torch, policy.dtype))
 
-    # as `load_policy` sets it up
-    hf.set_attn_implementation({"text_config": "shared_prefix", "vision_config": "sdpa"})
-    with warnings.catch_warnings(action="ignore"):  # newer versions of transformers have other names for checkpointing
-        if policy.gradient_checkpointing:
-            enable = getattr(hf, "activation_checkpointing_enable", None) or hf.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
-            hf.enable_input_require_grads()
-        if policy.lora_rank:
-            lora = LoraConfig(r=policy.lora_rank, lora_alpha=policy.lora_alpha, target_modules=LORA_TARGETS)
-            hf = add_adapter(hf, lora)
+    # as `load_policy` does
+    set_up(hf, gradient_checkpointing=policy.gradient_checkpointing)
+    if policy.lora_rank:
+        lora = LoraConfig(r=policy.lora_rank, lora_alpha=policy.lora_alpha, target_modules=LORA_TARGETS)
+        hf = add_adapter(hf, lora)
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     if fake:
