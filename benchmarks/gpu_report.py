@@ -23,6 +23,7 @@ from harness import (IMAGE, SIZES, VIDEO, Options, gradients, make_prompt, make_
                      show, synchronize, use_attention, vl_config)
 from peft import LoraConfig
 from repeated_vs_packed import repeated_logps
+from rollout_vs_generate import generated
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -49,6 +50,7 @@ class Settings(Options):
     layers: int = 4  # layers of the models whose passes are compared
     rows: tuple[int, ...] = (8, 64, 256)  # responses that are written side by side
     sampled: int = 48  # tokens that are sampled of each response
+    caches: tuple[str, ...] = ("growing", "graph")  # ways in which the loop keeps keys and values
     groups: int = 2  # groups of an update
     out_of: float = 450.0  # seconds for everything; sections that would start later are left out
 
@@ -56,7 +58,8 @@ class Settings(Options):
         super().__post_init__()
         if self.quick:
             self.device, self.sizes, self.layers, self.out_of = "cpu", ("quick",), 2, 120.0
-            self.prompt_tokens, self.tokens, self.group_size, self.rows, self.sampled = 30, 6, 4, (4, 8), 4
+            self.prompt_tokens, self.tokens, self.group_size, self.rows, self.sampled = 30, 6, 4, (4, 8), 6
+            self.caches = ("growing", "static")
 
 
 SECTIONS = {"kernels": 120.0, "sampling": 80.0, "update with adapters": 80.0, "update of all weights": 80.0, "packed": 90.0}  # seconds
@@ -182,8 +185,16 @@ def packed(settings: Settings) -> Iterator[dict]:
             free(settings)
 
 
+def time_token(run: Callable[[int], Any], settings: Settings) -> tuple[float, float]:
+    "Seconds of a token, and of what comes before the first: reading the prompts, and recording a graph."
+    few = settings.sampled // 3
+    long, short = (seconds_of(lambda: run(n_tokens), settings) for n_tokens in (settings.sampled, few))
+    token = (long - short) / (settings.sampled - few)
+    return token, short - few * token
+
+
 def sampling(settings: Settings) -> Iterator[dict]:
-    "Tokens per second of `complete` at several numbers of rows, and its memory beside that of the plan."
+    "Tokens per second of `complete` with each cache, and of `generate` for one prompt; memory beside that of the plan."
     dtype, gpu = "float32" if settings.quick else "bfloat16", gpu_of(settings)
     for size in settings.sizes:
         policy = make_model(settings, size, PolicyConfig(dtype))
@@ -192,19 +203,31 @@ def sampling(settings: Settings) -> Iterator[dict]:
         for rows in settings.rows:
             n_prompts = max(1, rows // settings.group_size)
             uniforms = torch.rand(n_prompts, settings.group_size, settings.sampled, dtype=torch.float64)
-            run = lambda n_tokens: complete(policy, [prompt] * n_prompts, uniforms[..., :n_tokens], stop_ids=[-1],
-                                            visual_features=[features] * n_prompts)
-            run(2)  # loads kernels
-            with Peak(settings, [*policy.parameters(), *policy.buffers(), features]) as peak:
-                run(settings.sampled)
-            both, reading = (seconds_of(lambda: run(n_tokens), settings) for n_tokens in (settings.sampled, 1))
-            token = (both - reading) / (settings.sampled - 1)
             plan = plan_of(settings, PolicyConfig(dtype), scale, gpu, batch_rows=rows, prompts=n_prompts,
                            tokens=settings.sampled)
             moments = scale.sampling(PolicyConfig(dtype), plan.work)
-            yield dict(case=f"{size}, {rows} rows", tokens_per_second=rows / token, milliseconds_per_token=1e3 * token,
-                       planned_milliseconds=None if plan.times is None else 1e3 * plan.times.token, seconds_to_read=reading,
-                       **against_plan(peak.rise, max(moments[name].peak for name in ("prefill", "decode"))))
+            planned = dict(planned_milliseconds=None if plan.times is None else 1e3 * plan.times.token)
+            first = None
+            for cache in settings.caches:
+                run = lambda n_tokens: complete(policy, [prompt] * n_prompts, uniforms[..., :n_tokens], stop_ids=[-1],
+                                                visual_features=[features] * n_prompts, cache=cache)
+                run(2)  # loads kernels
+                with Peak(settings, [*policy.parameters(), *policy.buffers(), features]) as peak:
+                    done = run(settings.sampled)
+                first = first or done
+                token, before = time_token(run, settings)
+                yield dict(case=f"{size}, {rows} rows", cache=cache, tokens_per_second=rows / token,
+                           milliseconds_per_token=1e3 * token, **planned, seconds_before=before,
+                           equal_ids=(done.ids == first.ids).float().mean().item(),
+                           logp_difference=(done.logps - first.logps)[..., 0].abs().max().item(),
+                           **against_plan(peak.rise, max(moments[name].peak for name in ("prefill", "decode"))))
+            if n_prompts == 1:
+                run = lambda n_tokens: generated(policy, prompt, rows, n_tokens)
+                run(2)
+                token, before = time_token(run, settings)
+                use_attention(policy, True)
+                yield dict(case=f"{size}, {rows} rows", cache="generate", tokens_per_second=rows / token,
+                           milliseconds_per_token=1e3 * token, seconds_before=before)
         del policy
         free(settings)
 
