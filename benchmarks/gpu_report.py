@@ -52,6 +52,7 @@ class Settings(Options):
     sampled: int = 48  # tokens that are sampled of each response
     caches: tuple[str, ...] = ("growing", "graph")  # ways in which the loop keeps keys and values
     groups: int = 2  # groups of an update
+    sections: tuple[str, ...] = ()  # sections to run; empty: all
     out_of: float = 450.0  # seconds for everything; sections that would start later are left out
 
     def __post_init__(self):
@@ -320,6 +321,8 @@ def main(settings: Settings) -> Path:
         raise SystemExit("no CUDA device is there; --quick tries the script on a CPU")
     started, cases, sections = time.perf_counter(), [], {}
     for name, seconds in SECTIONS.items():
+        if settings.sections and name not in settings.sections:
+            continue
         left = settings.out_of - (time.perf_counter() - started)
         if left < 5:
             sections[name] = dict(seconds=0.0, limit=0.0, error="not begun: the time for everything is over")

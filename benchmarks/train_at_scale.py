@@ -112,7 +112,7 @@ def measure(config: RunConfig, settings: Settings, scale: ModelScale) -> dict:
     mean = lambda name: sum(row[name] for row in later) / len(later)
     phases = {name: mean(f"seconds_{name}") for name in ("clips", "sampling", "reference", "update")}
     return dict(case=f"{settings.size}, {config.rollout.cache}", seconds_in_all=whole, seconds_first=rows[0]["seconds"],
-                seconds_per_step=mean("seconds"), **phases, mean_response=mean("response_tokens"), sampler_gap=mean("sampler_gap"),
+                seconds_per_step=mean("seconds"), **phases, mean_response=mean("completion_length"), sampler_gap=mean("sampler_gap"),
                 planned_seconds=plan.times and plan.times.step,
                 **against_plan(peak, max(sum(parts.values()) for parts in plan.phases.values())))
 

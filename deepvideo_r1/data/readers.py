@@ -13,6 +13,7 @@ from itertools import chain
 import av
 import numpy as np
 from av.container import InputContainer
+from av.sidedata.sidedata import Type
 from av.video.stream import VideoStream
 
 from .sizes import FrameStack
@@ -38,8 +39,8 @@ def upright(
 ) -> np.ndarray:  # (H, W, 3) uint8
     "The pixels of a frame, turned and mirrored as a player shows them."
     if frame.rotation not in turns:  # looked at once, since a frame whose notes were read stays in memory for a while
-        notes = [np.frombuffer(note, np.int32) for note in frame.side_data if note.type.name == "DISPLAYMATRIX"]
-        turns[frame.rotation] = _turns(notes[0].tolist()) if notes else (False, 0)
+        note = frame.side_data.get(Type.DISPLAYMATRIX)
+        turns[frame.rotation] = (False, 0) if note is None else _turns(np.frombuffer(note, np.int32).tolist())
     is_mirrored, quarters = turns[frame.rotation]
     plane = _RGB.reformat(frame, format="rgb24").planes[0]
     rows = np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)

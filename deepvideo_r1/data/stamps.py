@@ -25,7 +25,9 @@ from .sources import Source, VideoError, open_source, source_name
 
 # %% ../../nbs/data/04_stamps.ipynb #adc8ccf8
 _LIMIT = {"max_pixels": str(MAX_FRAME_PIXELS)}  # for decoders
-_PROBE = _LIMIT if int(av.__version__.split(".")[0]) >= 18 else {}  # before, options crash where streams come late
+_VERSION = int(av.__version__.split(".")[0])
+_PROBE = _LIMIT if _VERSION >= 18 else {}  # before, options crash where streams come late
+_METADATA = {"metadata_errors": "ignore"} if _VERSION < 19 else {}  # titles that are not UTF-8; 19 takes them as they are
 
 
 @contextmanager
@@ -49,8 +51,8 @@ def open_clip(
         if isinstance(source, str):
             suffix = Path(source).suffix  # it helps to recognize a raw stream
             file.name = f"clip{suffix if suffix.isascii() else ''}"
-        with av.open(file, mode="r", metadata_errors="ignore", options=_PROBE,
-                     container_options={"protocol_whitelist": "none"}) as container:
+        with av.open(file, mode="r", options=_PROBE, container_options={"protocol_whitelist": "none"},
+                     **_METADATA) as container:
             stream = container.streams.best("video")
             if stream is None:
                 raise VideoError(source_name(source), "no video stream")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 from transformers import PretrainedConfig
 
 from ..config import PolicyConfig
@@ -146,6 +146,11 @@ class MemoryMeter(TorchDispatchMode):
 _CPU_ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"  # torch's own table has the kernels of GPUs alone
 
 
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size) -> int:
+    "FLOPs of the two products of attention; heads may share keys, which torch counts from 2.13 on."
+    return 2 * query[:-1].numel() * key[-2] * (key[-1] + value[-1])
+
+
 def _flops(packet: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:
     "FLOPs of one operation; attention counts whole squares, as torch counts it on GPUs."
     if packet in flop_registry:
@@ -153,9 +158,9 @@ def _flops(packet: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:
     if packet.__name__ == "_grouped_mm":  # the experts of a layer, each with the tokens that chose it
         return 2 * args[0].shape[-2] * args[0].shape[-1] * args[1].shape[-1]
     if packet.__name__ == _CPU_ATTENTION:
-        return sdpa_flop_count(*(x.shape for x in args[:3]))
+        return _attention_flops(*(x.shape for x in args[:3]))
     if packet.__name__ == f"{_CPU_ATTENTION}_backward":
-        return sdpa_flop_count(*(x.shape for x in args[1:4])) * 5 // 2  # five matrix products where the forward has two
+        return _attention_flops(*(x.shape for x in args[1:4])) * 5 // 2  # five matrix products where the forward has two
     return 0
 
 # %% ../../nbs/training/07_scale.ipynb #8ffe98a7
