@@ -141,6 +141,34 @@ def _changed_prompt(rollout: Rollout, visuals: list[tuple[str, Clip]], plan: dic
     options = {"prefix": f"<think>\n{hint}"} if config.hint_as == "prefix" else {"hint": hint}
     return ask(rollout.sample, visuals, **options)
 
+# %% ../nbs/11_augment.ipynb #36568567
+def _wrong_traces(traces: dict[int, str | None], groups: Sequence[Rollout], share: float,
+                  key: tuple[int | str, ...]) -> dict[int, str]:
+    "For a share of the traces, by their places, that of another question of the step with another answer."
+    wrong = {}
+    for i, trace in traces.items():
+        others = [other for j, other in traces.items()
+                  if other and other != trace and groups[j].sample.answer != groups[i].sample.answer]
+        generator = make_generator(*key, groups[i].sample.id, "wrong hint")
+        if trace and others and float(torch.rand((), generator=generator)) < share:
+            wrong[i] = others[int(torch.randint(len(others), (), generator=generator))]
+    return wrong
+
+
+def _check_blindly(hinted: Sequence[int], groups: Sequence[Rollout], visuals: Sequence[list[tuple[str, Clip]]],
+                   plans: Sequence[dict[str, Any]], traces: dict[int, str | None], ask: Callable[..., Prompt | None],
+                   roll_out: Callable[..., list[Rollout]], config: AugmentConfig) -> None:
+    "Adds to the plans of hinted questions how often they are answered on grey frames: what the hint gives away."
+    grey = {i: [(modality, replace(clip, frames=torch.full_like(clip.frames, 128))) for modality, clip in visuals[i]]
+            for i in hinted}
+    prompts = {i: _changed_prompt(groups[i], grey[i], plans[i], traces[i], ask, config, make_generator(0))
+               for i in hinted}
+    asked = [i for i in hinted if prompts[i] is not None]
+    if asked:
+        answers = roll_out([groups[i].sample for i in asked], [prompts[i] for i in asked], "blind", [None] * len(asked))
+        for i, answer in zip(asked, answers):
+            plans[i]["blind_accuracy"] = float(answer.reward_parts["accuracy"].mean())
+
 # %% ../nbs/11_augment.ipynb #6dcd4246
 def augment_groups(
     original: Sequence[Rollout],  # scored original groups, with their difficulty
@@ -165,6 +193,8 @@ def augment_groups(
     for i in hinted:
         if not traces[i]:
             groups[i], plans[i] = replace(groups[i], augmentation={"change": "no_trace"}), {}
+    for i, trace in _wrong_traces(traces, groups, config.hint_wrong_share, key).items():
+        traces[i], plans[i]["is_wrong"] = trace, True
 
     # Change the prompts.
     prompts: dict[int, Prompt] = {}
@@ -174,6 +204,8 @@ def augment_groups(
             prompt = _changed_prompt(groups[i], visuals[i], plan, traces.get(i), ask, config, generator)
             if prompt is not None:
                 prompts[i] = prompt
+    if config.hint_blind_check:
+        _check_blindly([i for i in hinted if i in prompts], groups, visuals, plans, traces, ask, roll_out, config)
 
     # Sample second groups; a hint and a redraw leave the frames alone, so the encoder's output is reused.
     second: dict[int, Rollout] = {}

@@ -42,7 +42,7 @@ class RolloutConfig:
     top_k: int = 0  # number of most likely tokens to sample from; 0: all (the loss scores over all)
     top_p: float = 1.0  # total probability of the most likely tokens to sample from; 1: all (the loss scores over all)
     batch_rows: int | None = None  # largest number of responses sampled side by side; None: as many as memory allows
-    cache: Literal["growing", "static", "graph"] = "growing"  # static: fixed shapes; graph: a CUDA graph, never run yet
+    cache: Literal["auto", "growing", "static", "graph"] = "auto"  # static: fixed shapes; graph: CUDA's; auto: see `complete`
 
     def __post_init__(self):
         if self.group_size < 2:
@@ -195,11 +195,14 @@ class AugmentConfig:
     hint_fade_steps: int = 0  # steps over which hints shrink linearly to nothing; 0: no fading
     hint_as: Literal["prompt", "prefix"] = "prompt"  # prompt: in the user's turn (paper); prefix: starts the response
     hint_source: Literal["sampled", "stored"] = "sampled"  # sampled with the answer shown, or stored in meta["trace"]
+    hint_wrong_share: float = 0.0  # share of hints cut from the reasoning about another question of the step
+    hint_blind_check: bool = False  # ask hinted questions on grey frames too: logged, and never trained on
 
     def __post_init__(self):
         check_fields(self, "augment.", above_0=("full_reward",), at_least_1=("min_groups",), at_least_0=(
             "noise_scale", "mask_scale", "hint_scale", "dead_zone", "hint_fade_steps"))
-        for name in ("max_sigma", "max_mask", "max_hint", "fixed_sigma", "fixed_mask", "fixed_hint"):
+        for name in ("max_sigma", "max_mask", "max_hint", "fixed_sigma", "fixed_mask", "fixed_hint",
+                     "hint_wrong_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"augment.{name} must lie in [0, 1], got {getattr(self, name)}")
         if self.min_groups > self.window:

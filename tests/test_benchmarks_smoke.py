@@ -157,10 +157,21 @@ def test_the_report_for_a_gpu_on_a_cpu(benchmark, tmp_path):
     sections = {name: [case for case in found["cases"] if case["section"] == name] for name in module.SECTIONS}
     assert all(case["error"] < 1e-5 and case["milliseconds"] > 0 for case in sections["kernels"])
     assert all(case["logp_difference"] < 1e-4 and case["gradient_difference"] < 1e-4 for case in sections["packed"])
-    assert [case["case"] for case in sections["sampling"]] == ["quick, 4 rows", "quick, 8 rows"]
-    assert all(case["tokens_per_second"] > 0 for case in sections["sampling"])
-    for case in sections["sampling"] + sections["update with adapters"] + sections["update of all weights"]:
+    sampling = [case for case in sections["sampling"] if case["cache"] != "generate"]
+    assert [case["case"] for case in sampling] == 2 * ["quick, 4 rows"] + 2 * ["quick, 8 rows"]
+    assert [case["cache"] for case in sections["sampling"]] == ["growing", "static", "generate", "growing", "static"]
+    assert all(case["equal_ids"] == 1 and case["logp_difference"] < 1e-4 for case in sampling)
+    for case in sampling + sections["update with adapters"] + sections["update of all weights"]:
         assert 0.85 < case["of_plan"] < 1.15, case
+
+
+def test_a_training_run_at_the_size_of_a_real_model_on_a_cpu(benchmark, tmp_path):
+    module = benchmark("train_at_scale")
+    module.main(module.Settings(quick=True, out=tmp_path, folder=tmp_path / "run"))
+    found = read(tmp_path, "train_at_scale")
+    assert [case["case"] for case in found["cases"]] == ["quick, growing", "quick, static"]
+    assert all(case["seconds_per_step"] > 0 and case["sampler_gap"] < 1e-4 for case in found["cases"])
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_section_that_fails_or_takes_too_long_does_not_end_the_report(benchmark, tmp_path, monkeypatch):

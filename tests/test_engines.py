@@ -129,7 +129,7 @@ def test_the_engine_cuts_prompts_by_rows_and_by_memory(asked, monkeypatch):
 
 def test_a_graph_is_refused_on_a_cpu(asked):
     policy, _, _, prompts = asked
-    with pytest.raises(ValueError, match="cache is 'graph' on cpu; allowed are growing, static"):
+    with pytest.raises(ValueError, match="cache is 'graph' on cpu; allowed are auto, growing, static"):
         complete(policy, prompts[:1], draws(1, 2, 4), stop_ids=[5], cache="graph")
     with pytest.raises(ValueError, match="cache is 'paged'"):
         complete(policy, prompts[:1], draws(1, 2, 4), stop_ids=[5], cache="paged")
@@ -142,7 +142,7 @@ def test_a_graph_writes_what_the_growing_cache_writes(tiny_model, asked):
     _, _, _, prompts = asked
     how = dict(stop_ids=list(range(25)))
     wanted = complete(policy, prompts, draws(4, 5, 40), **how)
-    for cache in ("static", "graph"):
+    for cache in ("static", "graph", "auto"):
         done = complete(policy, prompts, draws(4, 5, 40), cache=cache, **how)
         assert torch.equal(done.ids, wanted.ids) and torch.allclose(done.logps, wanted.logps, atol=1e-4)
 

@@ -188,7 +188,18 @@ def read_tokens(
     return policy.read(embeds, rows, positions.expand(3, -1)[..., None])[:, 0]
 
 # %% ../../nbs/model/12_decoding.ipynb #18b66484
-CACHES = ("growing", "static", "graph")
+CACHES = ("auto", "growing", "static", "graph")
+
+
+def _chosen(cache: str, policy: PolicyModel) -> str:
+    "What `auto` stands for on this device; raises `ValueError` for a graph without CUDA."
+    on_cuda = policy.device.type == "cuda"
+    if cache not in CACHES or cache == "graph" and not on_cuda:
+        raise ValueError(f"cache is {cache!r} on {policy.device}; allowed are auto, growing, static and, on a CUDA "
+                         "device, graph")
+    if cache != "auto":
+        return cache
+    return "graph" if on_cuda and not policy.family.has_experts else "growing"  # experts choose tokens: shapes differ
 
 
 def _recorded(step: Callable[[Tensor, Tensor], Tensor], ids: Tensor, positions: Tensor) -> Callable[..., Tensor]:
@@ -230,17 +241,16 @@ def complete(
     *,
     stop_ids: Sequence[int],  # a response ends with the first of these
     visual_features: Sequence[Tensor | None] | None = None,  # encoder outputs that are known already
-    cache: Literal["growing", "static", "graph"] = "growing",  # static: fixed shapes; graph: as a CUDA graph too
+    cache: Literal["auto", "growing", "static", "graph"] = "auto",  # static: fixed shapes; graph: as a CUDA graph too
     leave_at: float = 0.75,  # rows that have ended leave when this share of rows or less goes on; 0: they stay
 ) -> Completions:
     """Sampled responses; the prompts are read and kept once, whatever G is.
 
-    Raises `QuestionError` for a prompt that is too long, `ValueError` for a graph without CUDA.
+    `auto` is the graph on a CUDA device, but for a model with experts, and the growing cache elsewhere. Raises
+    `QuestionError` for a prompt that is too long, `ValueError` for a graph without CUDA.
     """
     n_prompts, group_size, max_tokens = uniforms.shape
-    if cache not in CACHES or cache == "graph" and policy.device.type != "cuda":
-        raise ValueError(f"cache is {cache!r} on {policy.device}; allowed are growing, static and, on a CUDA device, "
-                         "graph")
+    cache = _chosen(cache, policy)
     features = tuple(visual_features) if visual_features is not None else _encode(policy, prompts)
     batch = make_batch(policy, prompts, visual_features=features).to(policy.device)
     if (longest := batch.prompt_ids.shape[1] + max_tokens) > policy.context_length:

@@ -55,7 +55,7 @@ class BuiltInEngine:
         policy: PolicyModel,  # the policy, unwrapped
         *,
         batch_rows: int | None = None,  # most responses that are written side by side; None: as many as fit into memory
-        cache: Literal["growing", "static", "graph"] = "growing",  # see `complete`
+        cache: Literal["auto", "growing", "static", "graph"] = "auto",  # see `complete`
     ):
         self.policy, self.batch_rows, self.cache = policy, batch_rows, cache
 
@@ -138,7 +138,7 @@ def rollout_groups(
     top_p: float = 1.0,  # draw from the most likely tokens that hold this probability, in (0, 1]; 1 is off
     visual_features: Sequence[Tensor | None] | None = None,  # encoder outputs that are known already
     batch_rows: int | None = None,  # built-in engine: responses written side by side; None: as many as memory allows
-    cache: Literal["growing", "static", "graph"] = "growing",  # built-in engine: see `complete`
+    cache: Literal["auto", "growing", "static", "graph"] = "auto",  # built-in engine: see `complete`
     engine: Engine | None = None,  # who samples; None: the built-in engine, from the policy
 ) -> list[Rollout]:  # B rollouts without rewards
     "G responses to each prompt; raises `ValueError` for settings out of range, `QuestionError` for a prompt too long."

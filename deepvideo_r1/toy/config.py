@@ -112,6 +112,10 @@ class ToyConfig:
         if not self.arms or not self.seeds or repeated:
             raise ValueError("arms and seeds must each name at least one, none of them twice")
         check_fields(self, at_least_1=("workers", "eval_samples"))
+        if (frames := round(self.prompt.fps * self.world.n_steps)) > self.prompt.max_frames:
+            raise ValueError(f"clips of world.n_steps {self.world.n_steps} have {frames} frames, of which a prompt "
+                             f"shows prompt.max_frames {self.prompt.max_frames}; every step must be seen: set "
+                             f"--prompt.max-frames {frames}, or fewer steps")
         if (self.grpo.name, self.reg_grpo.name) != ("grpo", "reg_grpo"):
             raise ValueError("grpo.name and reg_grpo.name are fixed; choose arms with --arms")
 

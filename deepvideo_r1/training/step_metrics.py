@@ -26,6 +26,7 @@ def group_sums(
     counted = ("reward_mean", "reward_final", "vanishing_original", "vanishing_final", "difficulty_abs",
                "completion_length", "completion_length_max", "truncated", "entropy",
                *(f"{change}_groups" for change in CHANGE_NAMES), "noise_sigma", "hint_fraction",
+               "wrong_hint_groups", "blind_groups", "hint_blind_accuracy",
                "reward_format", "reward_accuracy", "reward_iou")
     sums = {"groups": len(original), "responses": n_sampled, "tokens": n_tokens, **dict.fromkeys(counted, 0.0)}
     for before, after in zip(original, final):
@@ -45,6 +46,9 @@ def group_sums(
             sums[f"{change}_groups"] += 1
             sums["noise_sigma"] += after.augmentation.get("sigma", 0.0)
             sums["hint_fraction"] += after.augmentation["fraction"] if change == "hint" else 0.0
+            sums["wrong_hint_groups"] += "is_wrong" in after.augmentation
+            sums["blind_groups"] += "blind_accuracy" in after.augmentation
+            sums["hint_blind_accuracy"] += after.augmentation.get("blind_accuracy", 0.0)
 
         # The parts of the reward, those of the user's own reward function too.
         for name, values in before.reward_parts.items():
@@ -60,6 +64,7 @@ def step_metrics(
     totals = {name: sum(process.get(name, 0.0) for process in sums) for name in names}
     is_count = lambda name: name in ("groups", "responses", "tokens") or name.endswith("_groups")
     row = {name: total if is_count(name) else total / max(1, totals["groups"]) for name, total in totals.items()}
+    row["hint_blind_accuracy"] = totals.get("hint_blind_accuracy", 0.0) / max(1, totals.get("blind_groups", 0))
     return row | {"completion_length_max": max(process.get("completion_length_max", 0) for process in sums)}
 
 
@@ -116,6 +121,10 @@ STEP_METRICS: Glossary = {
     "mask_groups": Meaning("prompts whose second group saw masked frames", "groups", _SUM),
     "hint_groups": Meaning("prompts whose second group got a hint", "groups", _SUM),
     "redraw_groups": Meaning("prompts whose second group saw the unchanged prompt", "groups", _SUM),
+    "wrong_hint_groups": Meaning("hints that were cut from the reasoning about another question", "groups", _SUM),
+    "blind_groups": Meaning("hinted questions that were asked on grey frames too", "groups", _SUM),
+    "hint_blind_accuracy": Meaning("accuracy of hinted questions on grey frames: what the hint gives away; 0 where "
+                                   "none was asked", "share", "blind_groups"),
     "no_trace_groups": Meaning("hard prompts without a hint, because no right reasoning was found", "groups", _SUM),
     "noise_sigma": Meaning("noise on the frames; 0 for prompts without noise", "pixel range", _ORIGINAL),
     "hint_fraction": Meaning("share of the trace that was shown; 0 for prompts without a hint", "share", _ORIGINAL),
