@@ -42,7 +42,7 @@ class RolloutConfig:
     top_k: int = 0  # number of most likely tokens to sample from; 0: all (the loss scores over all)
     top_p: float = 1.0  # total probability of the most likely tokens to sample from; 1: all (the loss scores over all)
     batch_rows: int | None = None  # largest number of responses sampled side by side; None: as many as memory allows
-    cache: Literal["auto", "growing", "static", "graph"] = "auto"  # static: fixed shapes; graph: CUDA's; auto: see `complete`
+    cache: Literal["auto", "growing", "static", "graph"] = "auto"  # see `complete`; auto: graph on CUDA, else growing
 
     def __post_init__(self):
         if self.group_size < 2:

@@ -10,6 +10,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import resource
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -160,6 +161,9 @@ def run_job(
             result = _arm_job(config, world, model, out, arm, int(seed))
 
         _job_file(out, job).parent.mkdir(parents=True, exist_ok=True)
+        if "arm" in result:  # of this process and those that read its clips
+            used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+            result["cpu_seconds"] = round(sum(usage.ru_utime + usage.ru_stime for usage in used), 1)
         write_whole(_job_file(out, job), json.dumps(result, indent=1))
 
     # What the parent learns of a failure.
@@ -241,15 +245,17 @@ def run_toy(
     config: ToyConfig,  # settings of the study
     *,
     on_progress: Callable[[str, int, int], None] | None = None,  # called with the piece of work, steps done, all steps
+    only_arms: bool = False,  # neither the curves of noise and hints nor a report; seeds may be added later
+    cache: Path | None = None,  # folder of worlds and cold starts; None: beside the run directory
 ) -> Path:  # the run directory
     "Runs or continues the study and writes its report; raises `Stopped` on an interrupt."
     quiet()
     out, report = Path(config.out), on_progress or (lambda *_: None)
     with directory_lock(out):
-        open_run(out, config)
+        open_run(out, config, may_change=("seeds",) if only_arms else ())
 
         # The cold start. Its cost is noted once: a call that continues would find it made.
-        world, model, start = cold_start(config, out.parent / "cache", on_progress=report)
+        world, model, start = cold_start(config, cache or out.parent / "cache", on_progress=report)
         if not (out / "start.json").exists():
             write_whole(out / "start.json", json.dumps(start))
 
@@ -257,15 +263,16 @@ def run_toy(
         jobs = job_names(config)
         with fork_server(["deepvideo_r1.toy.study"]) as start:
             _run_jobs(config, world, model, jobs[:1], report, start)
-            _run_jobs(config, world, model, jobs[1:], report, start)
+            _run_jobs(config, world, model, jobs[2:] if only_arms else jobs[1:], report, start)
 
         # Results, examples and the report.
         started = read_json_file(out / "start.json") | read_json_file(out / "cold_start.json")
         results = {"config": asdict(config), "cold_start": started,
                    "arms": [read_json_file(_job_file(out, job)) for job in jobs[2:]]}
         write_whole(out / "results.json", json.dumps(results, indent=1))
-        write_whole(out / "examples.json", json.dumps(_pick_examples(config, world), indent=1))
-        write_report(out)
+        if not only_arms:
+            write_whole(out / "examples.json", json.dumps(_pick_examples(config, world), indent=1))
+            write_report(out)
     return out
 
 # %% ../../nbs/toy/10_study.ipynb #a37c36c2
@@ -294,6 +301,7 @@ RESULT_FIELDS: Glossary = {
     "arms.steps": Meaning("training steps", "steps"),
     "arms.responses": Meaning("responses sampled in training", "responses", "sum over steps"),
     "arms.seconds": Meaning("time of the training steps", "s", "sum over steps"),
+    "arms.cpu_seconds": Meaning("processor time of training and evaluation, from one start to the end", "s"),
     "arms.reward_start": Meaning("reward_mean of the first tenth of the steps", "reward", "steps"),
     "arms.reward_end": Meaning("reward_mean of the last tenth of the steps", "reward", "steps"),
     "arms.vanishing_ratio.original": Meaning("vanishing_original: original groups that vanish", "share", "all steps"),
