@@ -25,7 +25,8 @@ from rich.console import Console
 from .commands import AskConfig, CheckConfig, EvaluateConfig
 from .config import PRESETS, PlanConfig, RunConfig
 from .support.files import disk_error_advice, write_whole
-from .support.interrupts import Stopped, TrainingError, exit_code, leaving_at_once, sigterm_interrupts
+from .support.interrupts import Stopped, TrainingError, exit_code, leaving_at_once, memory_advice
+from .support.interrupts import sigterm_interrupts
 from .support.progress import Bars, TrainingPanel, one_line_warnings, quiet
 from .support.run_directory import open_run
 from .support.run_files import starting_values
@@ -334,8 +335,10 @@ def main(
     except BrokenPipeError:  # the reader of the output stopped reading, as in `--help | head`
         sys.stderr.close()
         return 0
-    except (ValueError, TrainingError, OSError) as error:
-        message = disk_error_advice(error, error.filename or "the output") if isinstance(error, OSError) else str(error)
+    except (ValueError, RuntimeError, OSError) as error:
+        message = str(error) if isinstance(error, (ValueError, TrainingError)) else memory_advice(error)
+        if isinstance(error, OSError):
+            message = disk_error_advice(error, error.filename or "the output")
         if message is None:
             raise
         print(f"deepvideo-r1: error: {' '.join(message.split())}", file=sys.stderr)

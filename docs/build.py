@@ -25,7 +25,7 @@ LINK = re.compile(r"(?P<literal>^```.*?^```|`[^`\n]+`|\$\$.*?\$\$|\$[^$\n]+\$)|(
 ALT = re.compile(r"^#\| *fig-alt: *(.+?) *$", re.M)
 HEADING = re.compile(r"^#{2,} +(.+?) *$", re.M)
 EXPORT = re.compile(r"^#\| *exporti?\b", re.M)
-WINGS = {"data": "Data", "model": "Model", "training": "Training", "evaluation": "Evaluation", "toy": "Toy study",
+WINGS = {"howto": "Train", "data": "Data", "model": "Model", "training": "Training", "evaluation": "Evaluation", "toy": "Toy study",
          "explore": "Explore", "support": "Support"}  # folder of `nbs/` -> its heading in the contents
 TAGS = {"echo: false": "remove-input", "code-fold: true": "hide-input", "output: false": "remove-output"}
 

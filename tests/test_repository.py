@@ -63,7 +63,8 @@ def module_of(path: Path) -> str:
     return ".".join([*path.relative_to(ROOT / "nbs").parent.parts, path.stem.partition("_")[2]])
 
 
-MODULES = {module_of(path): path for path in NUMBERED}
+HOW_TO = [path for path in NUMBERED if path.parent.name == "howto"]  # a task on each page, and no module
+MODULES = {module_of(path): path for path in NUMBERED if path not in HOW_TO}
 
 
 def own_imports(code: str) -> set[str]:
@@ -81,6 +82,13 @@ def own_imports(code: str) -> set[str]:
 def test_a_notebook_exports_the_module_of_its_name(name):
     code = "\n".join(cells(MODULES[name], "code"))
     assert re.findall(r"^#\| *default_exp +(\S+)", code, re.M) == [name]
+
+
+@pytest.mark.parametrize("path", HOW_TO, ids=lambda path: path.stem)
+def test_a_how_to_exports_nothing_and_says_what_to_do_when_it_fails(path):
+    code, words = ("\n".join(cells(path, kind)) for kind in ("code", "markdown"))
+    assert not re.search(r"^#\| *(default_exp|exports?|exporti)\b", code, re.M)
+    assert re.findall(r"^## (.+)", words, re.M)[-1] == "When it fails" and "You need this page" in words
 
 
 def test_numbers_restart_in_each_folder_and_have_no_gaps():

@@ -19,6 +19,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 # %% ../../nbs/support/05_progress.ipynb #c7978cc5
 class Bars:
@@ -80,7 +81,7 @@ class TrainingPanel:
     def render(self) -> Panel:
         "The bar, and the figures with their names."
         table = Table.grid(padding=(0, 3))
-        table.add_row(*(f"[dim]{name}" for name in self.figures))
+        table.add_row(*(Text(name, "dim") for name in self.figures))
         table.add_row(*self.figures.values())
         return Panel(Group(self.bar, table), expand=False)
 
