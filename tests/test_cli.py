@@ -26,7 +26,7 @@ from deepvideo_r1.toy.runs import read_results
 
 SCRIPT = Path(sys.executable).with_name("deepvideo-r1")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
-COMMANDS = ("toy", "world", "train", "evaluate", "launch", "ask", "plan", "data check")
+COMMANDS = ("toy", "world", "train", "evaluate", "launch", "ask", "plan", "data check", "map")
 
 
 @dataclass

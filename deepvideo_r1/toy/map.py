@@ -126,6 +126,8 @@ def plot_map(
         raise ValueError(f"no row has the measure {measure!r}, there are {', '.join({row['measure'] for row in rows})}")
     cells = list(dict.fromkeys(row["cell"] for row in mine))
     pairs = list(dict.fromkeys((row["base"], row["other"]) for row in mine))
+
+    # a coloured square for each difference, with its value and the dot
     figure = NotebookFigure(figsize=(2.4 + 0.9 * len(pairs), 2.2 + 0.45 * len(cells)), dpi=110, layout="constrained")
     axis = figure.subplots()
     by_place = {(row["cell"], (row["base"], row["other"])): row for row in mine}
@@ -137,6 +139,8 @@ def plot_map(
             mark = "\u25cf" if by_place[cell, pair]["settled"] else ""
             axis.text(x, y, f"{values[y][x]:+.1f}{mark}", ha="center", va="center", fontsize=9,
                       color="white" if abs(values[y][x]) > 0.7 * limit else "black")
+
+    # what the rows, the columns and the colours are
     axis.set_xticks(range(len(pairs)), labels=[f"{other}\n- {base}" for base, other in pairs], rotation=35, ha="right")
     axis.set_yticks(range(len(cells)), labels=[cell.replace(" ", "\n") or "the toy" for cell in cells])
     axis.set_title(f"{measure}, points; dot: settled")

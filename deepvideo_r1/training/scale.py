@@ -160,7 +160,7 @@ def _flops(packet: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:
     if packet.__name__ == _CPU_ATTENTION:
         return _attention_flops(*(x.shape for x in args[:3]))
     if packet.__name__ == f"{_CPU_ATTENTION}_backward":
-        return _attention_flops(*(x.shape for x in args[1:4])) * 5 // 2  # five matrix products where the forward has two
+        return _attention_flops(*(x.shape for x in args[1:4])) * 5 // 2  # five products where the forward has two
     return 0
 
 # %% ../../nbs/training/07_scale.ipynb #8ffe98a7
