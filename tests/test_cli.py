@@ -15,13 +15,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from deepvideo_r1.cli import toy_table
 from deepvideo_r1.config import tiny_cpu
 from deepvideo_r1.experiment import run_training
 from deepvideo_r1.support.checkpoint import whole_checkpoints
 from deepvideo_r1.support.clock import repeatable
 from deepvideo_r1.support.files import read_jsonl
 from deepvideo_r1.toy.made_up import write_made_up_run
+from deepvideo_r1.toy.table import toy_table
 from deepvideo_r1.toy.runs import read_results
 
 SCRIPT = Path(sys.executable).with_name("deepvideo-r1")

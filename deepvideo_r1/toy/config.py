@@ -148,14 +148,15 @@ def config_hash(
     return hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
 
 # %% ../../nbs/toy/00_config.ipynb #56e94f89
-_MAP_ARMS = ("grpo", "grpo_redraw", "grpo_da", "grpo_hint", "reg_grpo", "reg_grpo_redraw", "reg_grpo_da", "reg_grpo_hint")
+_MAP_ARMS = tuple(objective + ending for objective in ("grpo", "reg_grpo") for ending in ("", "_redraw", "_da", "_hint"))
 
 
 @dataclass(frozen=True)
 class MapConfig:
     "A grid of toy studies, first with few seeds, then with more where a difference is open."
     out: str = "runs/map/default"  # run directory
-    axes: tuple[str, ...] = ("world.misread_strength=0.5,0.8", "rollout.group_size=4,8")  # field=values, see `ToyConfig`
+    # field=values of each axis, see `ToyConfig`
+    axes: tuple[str, ...] = ("world.misread_strength=0.5,0.8", "rollout.group_size=4,8")
     cold_starts: tuple[int, ...] = (0, 1)  # seeds of the cold starts in every cell
     first_seeds: int = 1  # seeds of every cell in the first pass
     most_seeds: int = 5  # seeds of a cell whose differences stay open
@@ -166,8 +167,8 @@ class MapConfig:
     def __post_init__(self):
         check_fields(self, at_least_1=("first_seeds",), above_0=("cpu_hours",))
         if self.most_seeds < self.first_seeds or not self.cold_starts:
-            raise ValueError(f"most_seeds must be first_seeds ({self.first_seeds}) or more, and cold_starts must name one, "
-                             f"got {self.most_seeds} and {self.cold_starts}")
+            raise ValueError(f"most_seeds must be first_seeds ({self.first_seeds}) or more, and cold_starts must name "
+                             f"one, got {self.most_seeds} and {self.cold_starts}")
         map_cells(self)
 
 
