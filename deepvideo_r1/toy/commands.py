@@ -63,6 +63,7 @@ def draw_map(config: Annotated[MapConfig, tyro.conf.arg(name="")] = MapConfig())
     for row in found["rows"]:
         if row["measure"] == "L1":
             settled = {1: "above 0", -1: "below 0", 0: "open"}[row["settled"]]
-            table.add_row(row["cell"], f"{row['other']} - {row['base']}", points(row["mean"]), str(row["pairs"]), settled)
+            pair = f"{row['other']} - {row['base']}"
+            table.add_row(row["cell"], pair, points(row["mean"]), str(row["pairs"]), settled)
     Console().print(table)
     print(f"{found['cpu_hours']:.2f} hours of processor time; map: {out / 'map.png'}")

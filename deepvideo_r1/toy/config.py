@@ -148,7 +148,7 @@ def config_hash(
     return hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
 
 # %% ../../nbs/toy/00_config.ipynb #56e94f89
-_MAP_ARMS = tuple(objective + ending for objective in ("grpo", "reg_grpo") for ending in ("", "_redraw", "_da", "_hint"))
+_MAP_ARMS = tuple(name + ending for name in ("grpo", "reg_grpo") for ending in ("", "_redraw", "_da", "_hint"))
 
 
 @dataclass(frozen=True)
