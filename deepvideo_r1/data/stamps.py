@@ -27,7 +27,7 @@ from .sources import Source, VideoError, open_source, source_name
 _LIMIT = {"max_pixels": str(MAX_FRAME_PIXELS)}  # for decoders
 _VERSION = int(av.__version__.split(".")[0])
 _PROBE = _LIMIT if _VERSION >= 18 else {}  # before, options crash where streams come late
-_METADATA = {"metadata_errors": "ignore"} if _VERSION < 19 else {}  # for titles that are not UTF-8; 19 always does so
+_METADATA = {"metadata_errors": "ignore"} if _VERSION < 19 else {}  # titles may not be UTF-8; 19 takes all
 
 
 @contextmanager
