@@ -73,8 +73,10 @@ def visit_math(self, node):
 
 def visit_math_block(self, node):
     latex, numbers = TAG.sub("", node.astext()), TAG.findall(node.astext())
+    parts = [latex] if r"\begin" in latex else re.split(r"\\q?quad\b", latex)  # these may stand below one another
+    formulas = "".join(_convert(part, node, block=True) for part in parts)
     number = "".join(f'<span class="equation-number">({number})</span>' for number in numbers)
-    self.body.append(f'<div class="formula">{_convert(latex, node, block=True)}{number}</div>\n')
+    self.body.append(f'<div class="formula">{formulas}{number}</div>\n')
     raise nodes.SkipNode
 
 
