@@ -16,7 +16,9 @@ from execnb.nbio import mk_cell, read_nb
 from names import linkify, module_file, modules, slug
 from nbdev.config import get_config
 from nbdev.processors import FilterDefaults, _def_names
-from parts import FILES, NBS, ROOT, SECTIONS, WINGS, notebooks, page_name, page_title, parts, reading_order, sidebar_names, wing_pages
+from parts import (
+    FILES, NBS, ROOT, SECTIONS, WINGS, notebooks, page_name, page_title, parts, reading_order, sidebar_names, wing_pages,
+)
 from reference import write_reference
 from widgets import STATE, mount_widget
 
@@ -84,20 +86,39 @@ def _cell(cell, states, topic: str, path: Path) -> dict:
         source = re.sub(r"^---\n+(?:\[source\].*\n+)?(#+) (.+)", r"\1 `\2`", source)  # the head of `show_doc`
         return dict(kind="markdown", source=source)
     source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip("\n")
-    tests = not tags and "exports" not in cell.directives_ and not outputs and only_tests(source)
     alt = " ".join(ALT.findall(cell.source)) or re.sub("[`*$]", "", topic)
-    return dict(kind="code", source=source, tags=["hide-input"] if tests else tags, outputs=outputs, alt=alt, tests=tests)
+    lesson = "exports" not in cell.directives_ and not tags
+    return dict(kind="code", source=source, tags=tags, outputs=outputs, alt=alt, lesson=lesson)
 
 
-def only_tests(source: str) -> bool:
-    "Whether a cell does nothing but test: such a cell is folded on the page."
+def _is_test(node: ast.stmt) -> bool:
+    if isinstance(node, ast.For):
+        return all(map(_is_test, node.body))
+    is_call = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+    return isinstance(node, ast.Assert) or (is_call and ast.unparse(node.value.func).startswith("test_"))
+
+
+def split_tests(
+    source: str,  # code of a lesson cell
+    *,
+    least: int = 3,  # fewest lines of tests that are worth a fold, beside other code
+) -> tuple[str, str]:
+    "The code without its tests, and the tests with the comments above them, which are folded on the page."
+    lines = source.splitlines()
     try:
-        body = ast.parse(re.sub(r"^\s*[%!].*", "", source, flags=re.M)).body
+        body = ast.parse(re.sub(r"^\s*[%!].*", "pass", source, flags=re.M)).body
     except SyntaxError:
-        return False
-    is_test = lambda node: isinstance(node, ast.Assert) or (
-        isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and ast.unparse(node.value.func).startswith("test_"))
-    return bool(body) and all(map(is_test, body))
+        return source, ""
+    tests: set[int] = set()
+    for node in filter(_is_test, body):
+        first = node.lineno - 1
+        while first and lines[first - 1].startswith("#") and first - 1 not in tests:
+            first -= 1
+        tests |= set(range(first, node.end_lineno))
+    if len(tests) < least and not all(map(_is_test, body)):
+        return source, ""
+    kept, folded = ("\n".join(line for n, line in enumerate(lines) if (n in tests) == is_test) for is_test in (False, True))
+    return re.sub(r"\n{3,}", "\n\n", kept).strip("\n"), folded.strip("\n")
 
 
 def resolve(target: str, page: Path) -> tuple[Path, str] | None:
@@ -192,23 +213,30 @@ def _head(path: Path, subtitle: str) -> str:
     return "\n\n".join([*parts, "{.source}\n" + " | ".join(links)]).replace("__main__.ipynb]", r"\_\_main\_\_.ipynb]")
 
 
+def _code_cells(cell: dict) -> list[dict]:
+    "A code cell as the page shows it: its code and outputs, then its tests, folded."
+    image = dict(alt=cell["alt"])
+    widths = [size["width"] for output in cell["outputs"]
+              if "width" in (size := output.get("metadata", {}).get("image/png", {}))]
+    settings = dict(image=image | (dict(width=f"{widths[0]}px") if widths else {}))
+    settings |= dict(code_prompt_show="Show the code", code_prompt_hide="Hide the code")
+    code, tests = split_tests(cell["source"]) if cell["lesson"] else (cell["source"], "")
+    shown = [dict(metadata=dict(tags=cell["tags"] if code else ["remove-input"], mystnb=settings), source=code or "pass",
+                  outputs=cell["outputs"])]
+    folded = dict(code_prompt_show="Show the tests", code_prompt_hide="Hide the tests")
+    folds = [dict(metadata=dict(tags=["hide-input"], mystnb=folded), source=tests, outputs=[])]
+    return (shown if code or cell["outputs"] else []) + (folds if tests else [])
+
+
 def _write_cells(name: str, cells: list[dict], path: Path, out: Path) -> None:
     "Write cells of a notebook as the page `name`."
     written = []
-    for number, cell in enumerate(cells):
-        cell_id = f"cell-{number}"
+    for cell in cells:
         if cell["kind"] == "markdown":
-            source = to_myst(cell["source"], path, out)
-            written.append(dict(id=cell_id, cell_type="markdown", metadata={}, source=source))
+            written.append(dict(cell_type="markdown", metadata={}, source=to_myst(cell["source"], path, out)))
         else:
-            image = dict(alt=cell["alt"])
-            widths = [size["width"] for output in cell["outputs"]
-                      if "width" in (size := output.get("metadata", {}).get("image/png", {}))]
-            settings = dict(image=image | (dict(width=f"{widths[0]}px") if widths else {}))
-            settings |= dict(code_prompt_show="Show the tests" if cell["tests"] else "Show the code",
-                             code_prompt_hide="Hide the tests" if cell["tests"] else "Hide the code")
-            written.append(dict(id=cell_id, cell_type="code", metadata=dict(tags=cell["tags"], mystnb=settings),
-                                source=cell["source"], outputs=cell["outputs"], execution_count=None))
+            written += [dict(cell_type="code", execution_count=None, **part) for part in _code_cells(cell)]
+    written = [dict(id=f"cell-{number}", **cell) for number, cell in enumerate(written)]
     metadata = dict(kernelspec=dict(name="python3", display_name="python3", language="python"),
                     language_info=dict(name="python", pygments_lexer="ipython3"))
     notebook = json.dumps(dict(cells=written, metadata=metadata, nbformat=4, nbformat_minor=5))

@@ -56,7 +56,7 @@ def turn_pages(app, name, template, context, doctree):
         context[turn] = link or None
     # The theme calls a caption a heading without saying of which level.
     tree = context.get("furo_navigation_tree", "")
-    context["furo_navigation_tree"] = tree.replace('class="caption" role="heading"', 'class="caption" role="heading" aria-level="2"')
+    context["furo_navigation_tree"] = tree.replace('role="heading"', 'role="heading" aria-level="2"')
 
 
 def setup(app):

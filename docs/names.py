@@ -23,7 +23,7 @@ class Name(NamedTuple):
     module: str  # its module, without the package: `data.video`
     kind: str  # function, class or data
     signature: str  # arguments and what is returned, as in the source; empty for data
-    summary: str  # first sentence of the docstring; empty where there is none
+    summary: str  # first sentence of the docstring, or the comment of a constant; empty where there is none
     page: str  # page of its notebook
     anchor: str  # its heading on the page; empty where it has none
 
@@ -68,8 +68,15 @@ def _signature(node: ast.AST) -> str:
     return f"({ast.unparse(node.args)}){returns}"
 
 
+def _comment(node: ast.AST | None, lines: list[str]) -> str:
+    "What the comment behind a constant says of it."
+    found = node and re.search(r"(?:^|\s)# (.+)$", lines[node.lineno - 1])
+    return f"A constant: {found[1].rstrip('.')}." if found else ""
+
+
 def _of_module(module: str, path: Path) -> Iterator[Name]:
-    tree = ast.parse(module_file(module).read_text(encoding="utf-8"))
+    source = module_file(module).read_text(encoding="utf-8")
+    tree, lines = ast.parse(source), source.splitlines()
     named: dict[str, ast.AST] = {}
     for node in tree.body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
@@ -80,7 +87,7 @@ def _of_module(module: str, path: Path) -> Iterator[Name]:
         node = named.get(name)
         is_def = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
         kind = "class" if isinstance(node, ast.ClassDef) else "function" if is_def else "data"
-        signature, summary = (_signature(node), _first_sentence(node)) if is_def else ("", "")
+        signature, summary = (_signature(node), _first_sentence(node)) if is_def else ("", _comment(node, lines))
         yield Name(name, module, kind, signature, summary, page_name(path), name.lower() if is_def else "")
 
 

@@ -28,6 +28,8 @@ FILES = {  # glossary -> the file with these numbers, and who writes it
     "RESULT_FIELDS": ("results.json", "what the toy study found"),
 }
 
+UNUSED = ("help", "training_script", "training_script_args", "module", "no_python", "run_path")  # the last three are refused
+
 
 def table(head: list[str], rows: list[list[str]]) -> str:
     "A table in Markdown; bars in its cells do not end them."
@@ -51,27 +53,23 @@ def _parser(name: str, function) -> argparse.ArgumentParser:
 
 def _flag(action: argparse.Action) -> list[str]:
     "Flag, values, default and meaning of an option."
-    names = ", ".join(f"`{name}`" for name in action.option_strings) or f"`{(action.metavar or action.dest).upper()}`"
-    text = (action.help or "").strip().replace("%%", "%")
-    default = re.search(r"\s*\((?:default: (.*)|(required))\)$", text)
+    names = ", ".join(f"`{name}`" for name in action.option_strings) or f"`{action.dest.rpartition('.')[2].upper()}`"
+    text = (action.help or "").strip().replace("%%", "%").replace("<", "&lt;")
+    default = re.search(r"\s*(?:\((?:default: (.*)|(required))\)|Default: (.*)\.)$", text)
     meaning = text[: default.start()] if default else text
     values = str(action.metavar or (action.type.__name__.upper() if action.type else "STR"))
-    if action.nargs == 0:
-        values = "switch"
-    elif choices := re.findall(r"\{([^{}]*)\}", values):
-        rest = [word for word in re.split(r"\{[^{}]*\}|[][|. ]+", values) if word]
-        values = ", ".join(f"`{word}`" for word in dict.fromkeys([*",".join(choices).split(","), *rest]) if word)
-    elif values.startswith("["):
-        values = re.sub(r"\[(\w+).*", r"\1", values)
-    values += ", several" if action.nargs == "*" else ""
-    known = default and (default[2] or default[1])
-    return [names, values, "required" if default and default[2] else f"`{known}`" if known else "", meaning]
+    words = dict.fromkeys(word for word in re.split(r"[\s{}\[\]|,]+", values) if word not in ("", "..."))
+    values = ", ".join(word if word.isupper() else f"`{word}`" for word in words)
+    values = "switch" if action.nargs == 0 else values + (", several" if action.nargs == "*" else "")
+    given = action.default if isinstance(action.default, int | float) and action.default != argparse.SUPPRESS else None
+    known = (default[1] or default[3] or default[2]) if default else given
+    return [names, values, "required" if known == "required" else f"`{known}`" if known not in (None, "") else "", meaning]
 
 
 def _groups(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str, list[list[str]]]]:
     "The options of a command: name and meaning of each group, and its rows."
     for group in parser._action_groups:
-        actions = [action for action in group._group_actions if action.dest != "help" and action.help != argparse.SUPPRESS]
+        actions = [action for action in group._group_actions if action.dest not in UNUSED and action.help != argparse.SUPPRESS]
         if actions:
             yield group.title or "options", group.description or "", [_flag(action) for action in actions]
 
@@ -98,7 +96,7 @@ def commands_page() -> str:
              "`train`, `plan` and `evaluate` also take `--config FILE`: values from a TOML, YAML or JSON file. `train` and `plan` "
              "take `--preset NAME`; flags come after both. `train --dry-run` tries what can fail and trains nothing."]
     for name, function in COMMANDS.items():
-        text = " ".join((function.__doc__ or "").partition("Args:")[0].split())
+        text = re.sub(r"(?<!\S)--[a-z-]+", r"`\g<0>`", " ".join((function.__doc__ or "").partition("Args:")[0].split()))
         parts += [f"## {name}", text]
         for title, about, rows in _groups(_parser(name, function)):
             if title not in ("options", "positional arguments"):

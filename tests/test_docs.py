@@ -55,3 +55,15 @@ def test_a_figure_has_words_from_its_cell_or_else_its_heading(tmp_path, monkeypa
     assert "![The reward \\[of old\\]](docs/images/index_0.png)" in text
     assert "![Two lines: one rises, $5 apart](docs/images/index_1.png)" in text and len(pictures) == 2
     assert "fig-alt" not in text
+
+
+def test_the_tests_of_a_lesson_are_folded_and_the_rest_is_kept(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    from build import split_tests
+
+    code = "x = f(1)\n# Three of them.\ntest_eq(x, 1)\nfor y in (1, 2):\n    assert y\n\nx"
+    kept, tests = split_tests(code)
+    assert kept == "x = f(1)\n\nx" and tests == "# Three of them.\ntest_eq(x, 1)\nfor y in (1, 2):\n    assert y"
+    assert split_tests("assert x\nx + 1") == ("assert x\nx + 1", "")  # one line is not worth a fold
+    assert split_tests("assert x") == ("", "assert x")
+    assert split_tests("not python") == ("not python", "")

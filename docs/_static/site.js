@@ -7,6 +7,11 @@ document.addEventListener("DOMContentLoaded", () => {
   document.querySelector(".sidebar-drawer")?.setAttribute("aria-label", "Pages");
   document.querySelector(".toc-drawer")?.setAttribute("aria-label", "On this page");
 
+  // A fold is called what it shows, and the arguments of a signature are no list of definitions.
+  document.querySelectorAll("details.hide summary").forEach((fold) => fold.removeAttribute("aria-label"));
+  for (const list of document.querySelectorAll("dt.sig dl"))
+    list.outerHTML = list.outerHTML.replace(/<(\/?)dl[^>]*>/g, "<$1span>").replace(/<dd>/g, '<span class="sig-line">').replace(/<\/dd>/g, "</span>");
+
   // A long name in a table is broken after a dot, a dash or a low line.
   for (const text of document.querySelectorAll("article td code .pre"))
     if (text.textContent.length > 20) text.innerHTML = text.innerHTML.replace(/([_.\-/])(?=\w)/g, "$1<wbr>");
@@ -24,10 +29,11 @@ document.addEventListener("DOMContentLoaded", () => {
   const fit = () => {
     for (const box of document.querySelectorAll("article pre"))
       box.scrollWidth > box.clientWidth + 1 ? box.setAttribute("tabindex", "0") : box.removeAttribute("tabindex");
-    for (const formula of document.querySelectorAll("article .formula math")) {
+    for (const formula of document.querySelectorAll("article .formula")) {
       formula.style.fontSize = "";
-      const room = formula.parentElement.clientWidth / formula.getBoundingClientRect().width;
-      if (room < 1) formula.style.fontSize = `${Math.max(0.5, 0.98 * room) * 1.1}em`;
+      const widths = [...formula.children].map((part) => Math.max(part.getBoundingClientRect().width, part.scrollWidth));
+      const room = formula.clientWidth / Math.max(formula.scrollWidth, ...widths);
+      if (room < 1) formula.style.fontSize = `${Math.max(0.5, 0.97 * room)}em`;
     }
     for (const wrapper of document.querySelectorAll("article .table-wrapper")) {
       wrapper.classList.remove("stacked");
