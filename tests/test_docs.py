@@ -1,8 +1,6 @@
 """The site builds without a warning, and its pages ask no other host for anything."""
 import json
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -28,13 +26,7 @@ class Requests(HTMLParser):
             self.found.append(attrs.get("href"))
 
 
-def test_site_builds_and_needs_no_other_host(tmp_path):
-    pages, site = tmp_path / "pages", tmp_path / "site"
-    sphinx = ["-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "-c", "docs", pages, site]
-    for command in (["docs/build.py", pages], sphinx):
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stdout + done.stderr
-
+def test_site_builds_and_needs_no_other_host(site):
     assert len(list(site.rglob("*.html"))) > len(list((ROOT / "nbs").rglob("[0-9]*.ipynb")))
     outside = re.compile(r"\s*(https?:)?//")
     for page in site.rglob("*.html"):
@@ -63,3 +55,15 @@ def test_a_figure_has_words_from_its_cell_or_else_its_heading(tmp_path, monkeypa
     assert "![The reward \\[of old\\]](docs/images/index_0.png)" in text
     assert "![Two lines: one rises, $5 apart](docs/images/index_1.png)" in text and len(pictures) == 2
     assert "fig-alt" not in text
+
+
+def test_the_tests_of_a_lesson_are_folded_and_the_rest_is_kept(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    from build import split_tests
+
+    code = "x = f(1)\n# Three of them.\ntest_eq(x, 1)\nfor y in (1, 2):\n    assert y\n\nx"
+    kept, tests = split_tests(code)
+    assert kept == "x = f(1)\n\nx" and tests == "# Three of them.\ntest_eq(x, 1)\nfor y in (1, 2):\n    assert y"
+    assert split_tests("assert x\nx + 1") == ("assert x\nx + 1", "")  # one line is not worth a fold
+    assert split_tests("assert x") == ("", "assert x")
+    assert split_tests("not python") == ("not python", "")
