@@ -69,7 +69,8 @@ def test_titles_have_notebooks_and_say_what_a_page_is_about(site, docs):
     for path, title in titles.items():
         page = (site / f"{parts.page_name(path)}.html").read_text(encoding="utf-8")
         heading = unescape(re.sub("<[^>]+>", "", re.search("<h1>(.*?)<a", page, re.S)[1]))
-        assert heading.replace("’", "'") == title and ": " in title and len(title) < 75
+        assert heading.replace("’", "'") == title and len(title) < 75
+        assert ": " in title or path.parent.name == "howto"  # a task is its own title
         source = re.search(r'<p class="source">.*?</p>', page, re.S)[0]
         assert f"/blob/main/{path.relative_to(ROOT).as_posix()}" in source
         assert len(re.findall("<a ", source)) == 1 + bool(re.search("#\\\\*\\| *default_exp", path.read_text()))
