@@ -15,7 +15,7 @@ from execnb.nbio import mk_cell, read_nb
 from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup
 from nbdev.processors import FilterDefaults, _def_names
-from widgets import STATE, mount_widget
+from widgets import STATE, mount_widget, stored_explorer
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
@@ -93,6 +93,8 @@ def _cell(cell, states, topic: str) -> dict:
         options.add("echo: false")
     tags = [tag for option, tag in TAGS.items() if option in options]
     outputs = [mount_widget(output, states) for output in cell.outputs]
+    if "explorer:" in cell.directives_:  # `#| explorer: vanishing`: as the page of all explorers has stored it
+        outputs = [stored_explorer(*cell.directives_["explorer:"])]
     # Markdown that a hidden cell displays is part of the text: headings in the contents, links resolved.
     if "remove-input" in tags and all("text/markdown" in output.get("data", ()) for output in outputs):
         source = "\n\n".join("".join(output["data"]["text/markdown"]) for output in outputs)

@@ -4,7 +4,10 @@ What a reader moves is kept in the address, as `#vanishing.accuracy=0.5&clip.adv
 """
 import json
 import re
+from functools import cache
+from pathlib import Path
 
+EXPLORE = Path(__file__).resolve().parent.parent / "nbs" / "explore" / "index.ipynb"  # holds every explorer once
 VIEW = "application/vnd.jupyter.widget-view+json"
 STATE = "application/vnd.jupyter.widget-state+json"
 OF_THE_WIDGET = ("layout", "tabbable", "tooltip")  # what JupyterLab needs to place it
@@ -16,7 +19,8 @@ MOUNT = """
 <div class="explorer" id="%(id)s" data-explorer="%(name)s"><img alt="%(alt)s" src="data:image/png;base64,%(picture)s"></div>
 <script type="module">
 const el = document.getElementById("%(id)s"), first = %(values)s, values = { ...first }, listeners = {}, moved = new Set();
-const name = "%(name)s", isOwn = (key) => key.startsWith(name + "."), inAddress = () => new URLSearchParams(location.hash.slice(1));
+const name = "%(name)s", isOwn = (key) => key.startsWith(name + ".");
+const inAddress = () => new URLSearchParams(location.hash.slice(1));
 const same = (a, b) => JSON.stringify(a) === JSON.stringify(b);
 let timer;
 const writeAddress = () => {
@@ -40,7 +44,8 @@ const addressed = () => {
     const trait = key.slice(name.length + 1);
     try {
       const value = JSON.parse(text);
-      if (isOwn(key) && typeof value === typeof first[trait] && Array.isArray(value) === Array.isArray(first[trait])) state[trait] = value;
+      const isAlike = typeof value === typeof first[trait] && Array.isArray(value) === Array.isArray(first[trait]);
+      if (isOwn(key) && isAlike) state[trait] = value;
     } catch { /* not one of ours */ }
   }
   return state;
@@ -49,7 +54,8 @@ const reset = () => { show(first); moved.clear(); writeAddress(); };
 const url = URL.createObjectURL(new Blob([%(source)s], { type: "text/javascript" }));
 const { default: widget } = await import(url);
 const place = document.createElement("div"), bar = document.createElement("p"), said = document.createElement("span");
-const button = (text, click) => Object.assign(document.createElement("button"), { type: "button", textContent: text, onclick: click });
+const button = (text, click) =>
+  Object.assign(document.createElement("button"), { type: "button", textContent: text, onclick: click });
 const copy = async () => {
   writeAddress();
   try { await navigator.clipboard.writeText(location.href); said.textContent = "Copied."; } catch { said.textContent = location.href; }
@@ -59,7 +65,8 @@ bar.style.cssText = "display: flex; flex-wrap: wrap; gap: .3em 1em; margin: .3em
 said.setAttribute("role", "status");
 bar.append(button("Reset", reset), button("Copy link", copy), said);
 for (const one of bar.querySelectorAll("button")) {
-  one.style.cssText = "font: inherit; color: inherit; background: none; border: 0; padding: .4em 0; text-decoration: underline; cursor: pointer";
+  one.style.cssText = "font: inherit; color: inherit; background: none; border: 0; padding: .4em 0; "
+    + "text-decoration: underline; cursor: pointer";
 }
 el.replaceChildren(place, bar);
 Object.assign(values, addressed());
@@ -69,6 +76,27 @@ addEventListener("hashchange", () => { try { show(addressed()); } catch { reset(
 if ([...inAddress().keys()][0]?.startsWith(name + ".")) el.scrollIntoView();
 </script>
 """
+
+
+def _name(model: dict) -> str:
+    "The name of an explorer: `VanishingExplorer` -> `vanishing`."
+    return re.sub("Explorer$", "", model.get("_anywidget_id", "").rpartition(".")[2]).lower() or "explorer"
+
+
+@cache
+def _stored() -> dict[str, tuple[dict, dict]]:
+    "Name -> output and states of every explorer on the page that gathers them."
+    notebook = json.loads(EXPLORE.read_text(encoding="utf-8"))
+    states = notebook["metadata"]["widgets"][STATE]["state"]
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", ()) if VIEW in output.get("data", {})]
+    return {_name(states[output["data"][VIEW]["model_id"]]["state"]): (output, states) for output in outputs}
+
+
+def stored_explorer(name: str) -> dict:
+    "The explorer of this name as HTML, from the page that gathers them; raises `ValueError` for an unknown name."
+    if name not in _stored():
+        raise ValueError(f"there is no explorer {name!r} in {EXPLORE.name}, only {', '.join(_stored())}")
+    return mount_widget(*_stored()[name])
 
 
 def mount_widget(output: dict, states: dict) -> dict:
@@ -81,7 +109,7 @@ def mount_widget(output: dict, states: dict) -> dict:
     if "_esm" not in model:  # of ipywidgets: nothing answers without a kernel
         return output | {"data": {"text/html": NEEDS_A_KERNEL, "text/plain": text}}
     values = {name: value for name, value in model.items() if name[0] != "_" and name not in OF_THE_WIDGET}
-    name = re.sub("Explorer$", "", model.get("_anywidget_id", "").rpartition(".")[2]).lower() or "explorer"
+    name = _name(model)
     html = MOUNT % dict(id=f"explorer-{model_id}", picture="".join(data["image/png"]).strip(), name=name,
                         alt=f"Still picture of the explorer “{name}”, as it is before anything is moved",
                         values=_script(values), source=_script(model["_esm"]))

@@ -27,7 +27,8 @@ def read_module(
     name: str,  # name of a file in `deepvideo_r1/explore/esm/`, without ".js"
 ) -> str:
     "The text of an explorer's ES module, with the modules beside it instead of their imports, each once."
-    folder, imported = files("deepvideo_r1.explore") / "esm", re.compile(r'^import \{[^}]*\} from "\./(\w+)\.js";\n', re.M)
+    folder = files("deepvideo_r1.explore") / "esm"
+    imported = re.compile(r'^import \{[^}]*\} from "\./(\w+)\.js";\n', re.M)
     texts: dict[str, str] = {}
 
     def read(name: str) -> None:

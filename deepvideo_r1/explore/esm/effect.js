@@ -13,9 +13,12 @@ const LOOK = `
 .dvr-groups { display: grid; grid-template-columns: 1fr 1fr; gap: .8em 1.4em; margin: .5em 0; }
 .dvr-group { min-width: 0; } .dvr-group p { margin: .1em 0; min-height: 1.4em; } .dvr-group b { font-weight: 600; }
 .dvr-answers { display: grid; grid-template-columns: repeat(8, 1fr); gap: 2px; margin: .3em 0; }
-.dvr .dvr-answers button { display: grid; justify-items: center; gap: 2px; min-width: 0; padding: .2em 0; border-color: transparent; }
+.dvr-hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+.dvr .dvr-answers button { position: relative; display: grid; justify-items: center; gap: 2px; min-width: 0;
+  padding: .2em 0; border-color: transparent; }
 .dvr .dvr-answers button[aria-pressed=true] { border-color: currentColor; }
-.dvr-circle { display: grid; place-items: center; width: 28px; height: 28px; border-radius: 50%; border: 2px solid currentColor; }
+.dvr-circle { display: grid; place-items: center; width: 28px; height: 28px; border-radius: 50%;
+  border: 2px solid currentColor; }
 .dvr-circle.r2 { background: var(--dvr-a-strong); border-color: var(--dvr-a-strong); color: white; }
 .dvr-circle.r1 { border-color: var(--dvr-b); } .dvr-circle.r0 { border-style: dashed; }
 .dvr-bar { position: relative; width: 100%; height: 40px; }
@@ -79,7 +82,8 @@ function recordOf(model) {
 /** Everything that the picture shows, from the model's values. */
 function look(model) {
   const values = Object.fromEntries(TRAITS.map((name) => [name, model.get(name)]));
-  const recorded = values.recorded = recordOf(model), question = recorded.questions[values.question], now = changeNow(values, recorded.levels);
+  const recorded = values.recorded = recordOf(model), question = recorded.questions[values.question % recorded.questions.length];
+  const now = changeNow(values, recorded.levels);
   const eight = ({ texts, rewards }) => {
     const first = GROUP * (values.group % Math.floor(rewards.length / GROUP));
     return { texts: texts.slice(first, first + GROUP), rewards: rewards.slice(first, first + GROUP) };
@@ -104,14 +108,14 @@ function drawAnswers(model, side, group, shows) {
     const place = (side === "before" ? 0 : GROUP) + k, answer = answerOf(group.texts[k]);
     const size = Math.min(Math.abs(advantages[k]), 2.7) * 7.4, isDown = advantages[k] < 0;
     const bar = make("i", { class: isDown ? "down" : "", style: `height:${size}px;${isDown ? "top:20px" : "bottom:20px"}` });
-    const label = `response ${k + 1} ${side}: answer ${answer}`
-      + (shows.reward ? `, reward ${reward}` : "") + (shows.advantage ? `, advantage ${number(advantages[k])}` : "");
-    return make("button", { type: "button", "aria-label": label, "aria-pressed": String(chosen === place),
+    const hidden = (words) => make("span", { class: "dvr-hidden" }, words), part = (is, words, look, ...inside) =>
+      (is ? [hidden(words), make("span", { class: look }, ...inside)] : [make("span", { class: look })]);
+    return make("button", { type: "button", "aria-pressed": String(chosen === place),
       click: () => change(model, { response: chosen === place ? -1 : place }) },
-    make("span", {}, shows.answer ? answer : ""),
-    make("span", { class: `dvr-circle ${shows.reward ? `r${reward}` : ""}` }, shows.reward ? String(reward) : ""),
+    hidden(`response ${k + 1} ${side}: `), ...part(shows.answer, "answer ", "", answer),
+    ...part(shows.reward, ", reward ", `dvr-circle ${shows.reward ? `r${reward}` : ""}`, String(reward)),
     make("span", { class: "dvr-bar" }, ...(shows.advantage ? [bar] : [])),
-    make("span", {}, shows.advantage ? number(advantages[k], 1) : ""));
+    ...part(shows.advantage, ", advantage ", "", number(advantages[k], 1)));
   };
   return make("div", { class: "dvr-answers" }, ...group.rewards.map(column));
 }
@@ -123,11 +127,12 @@ function drawGroup(model, seen, side) {
   const found = effect(seen.item, name, isAfter ? level : 0);
   const title = isAfter ? (level ? `After: ${KNOBS[name][1]} ${number(seen.amount)}` : "After: nothing was changed")
     : "Before: the question as it is";
+  const heading = isAfter && stage < 4 ? "After: not sampled yet" : title;
   const lines = shows.advantage ? [
     make("p", {}, "accuracy ", make("b", {}, percent(found.accuracy)), ` (of ${found.count} recorded answers)`),
     make("p", {}, `a group of ${GROUP} vanishes: `, make("b", {}, percent(found.vanishing))),
   ] : [make("p"), make("p")];
-  return make("div", { class: "dvr-group", role: "group", "aria-label": title }, make("b", {}, title),
+  return make("div", { class: "dvr-group", role: "group", "aria-label": heading }, make("b", {}, heading),
     drawAnswers(model, side, isAfter ? seen.after : seen.before, shows), ...lines);
 }
 
@@ -227,7 +232,8 @@ function render({ model, el }) {
   const rows = controls(model), step = () => change(model, nextStage(model));
   const next = make("button", { type: "button", click: step });
   const play = make("button", { type: "button" }, "Play");
-  const again = make("button", { type: "button", click: () => change(model, { group: model.get("group") + 1 }) }, "Eight other answers");
+  const other = () => change(model, { group: model.get("group") + 1 });
+  const again = make("button", { type: "button", click: other }, "Eight other answers");
   let timer;
   const stop = () => { clearInterval(timer); timer = undefined; play.textContent = "Play"; };
   play.addEventListener("click", () => {
@@ -236,7 +242,7 @@ function render({ model, el }) {
     timer = setInterval(() => (root.isConnected ? step() : stop()), 1800);
     return step();
   });
-  const [cells, text, groups, charts] = ["dvr-cells", "dvr-read", "dvr-groups", "dvr-charts"].map((name) => make("div", { class: name }));
+  const [cells, text, groups, charts] = ["cells", "read", "groups", "charts"].map((name) => make("div", { class: `dvr-${name}` }));
   const stages = make("ol", { class: "dvr-stages", "aria-label": "stages of a training step" });
   const says = make("div", { class: "dvr-says", role: "status" });
   root.append(make("style", {}, LOOK), rows[0], cells, ...rows.slice(2), stages,
@@ -251,7 +257,8 @@ function render({ model, el }) {
     const following = STAGES[(seen.stage + 1) % STAGES.length];
     rows.forEach((row) => row.update());
     next.textContent = seen.stage < SEEN_ALL ? `Next: ${following}` : "Step: next question";
-    stages.replaceChildren(...STAGES.map((name, k) => make("li", k === seen.stage ? { "aria-current": "step" } : {}, `${k + 1} ${name}`)));
+    stages.replaceChildren(...STAGES.map((name, k) =>
+      make("li", k === seen.stage ? { "aria-current": "step" } : {}, `${k + 1} ${name}`)));
     cells.replaceChildren(...drawFrames(seen, strips.get(url)));
     says.textContent = say(seen);
     const focused = [...groups.querySelectorAll("button")].indexOf(root.getRootNode().activeElement);
