@@ -3,6 +3,7 @@
 nbdev's own processors apply its directives (hidden cells, magics, front matter); what they leave in Quarto's dialect
 is then written in MyST's. One departure from nbdev: an exported cell keeps its code on the page, under a heading with
 the name it defines, because here the code is the lesson. So nothing is executed, and stored outputs are what you see.
+`docs/parts.py` says where each page stands, and `docs/reference.py` makes the pages to look things up.
 """
 import ast
 import json
@@ -12,52 +13,36 @@ import sys
 from pathlib import Path
 
 from execnb.nbio import mk_cell, read_nb
+from names import linkify, module_file, modules, slug
 from nbdev.config import get_config
-from nbdev.doclinks import NbdevLookup
 from nbdev.processors import FilterDefaults, _def_names
+from parts import FILES, NBS, ROOT, SECTIONS, WINGS, notebooks, page_name, page_title, parts, reading_order, sidebar_names, wing_pages
+from reference import write_reference
 from widgets import STATE, mount_widget, stored_explorer
 
-ROOT = Path(__file__).resolve().parent.parent
-NBS = ROOT / "nbs"
 CALLOUT = re.compile(r"^:::+ *\{\.callout-(\w+)[^}]*\}\s*?\n+(?:#+ +(.+?) *\n)?(.*?)^:::+ *$", re.M | re.S)
 # The target of [text](target); code and formulas are matched first, so that links are not seen inside them.
 LINK = re.compile(r"(?P<literal>^```.*?^```|`[^`\n]+`|\$\$.*?\$\$|\$[^$\n]+\$)|(?<=\]\()[^)\s]+", re.M | re.S)
 ALT = re.compile(r"^#\| *fig-alt: *(.+?) *$", re.M)
 HEADING = re.compile(r"^#{2,} +(.+?) *$", re.M)
 EXPORT = re.compile(r"^#\| *exporti?\b", re.M)
-WINGS = {"data": "Data", "model": "Model", "training": "Training", "evaluation": "Evaluation", "toy": "Toy study",
-         "explore": "Explore", "support": "Support"}  # folder of `nbs/` -> its heading in the contents
 TAGS = {"echo: false": "remove-input", "code-fold: true": "hide-input", "output: false": "remove-output"}
+INDEX = NBS / "index.ipynb"
 
 
 class PageFilter(FilterDefaults):
-    "nbdev's processors, less those that execute code or put a signature in the place of the code."
+    "nbdev's processors, less those that execute code or put a signature instead of the code."
     skipped = {"add_show_docs", "exec_show_docs", "insert_warning", "add_fold", "mv_exports", "add_links"}
 
     def base_procs(self):
         return [proc for proc in super().base_procs() if proc.__name__ not in self.skipped]
 
 
-def notebooks() -> list[Path]:
-    "Every notebook of the site: the index, the method and what runs it, then each wing in the order of its numbers."
-    found = (path.relative_to(NBS) for path in NBS.rglob("*.ipynb"))
-    found = sorted(path for path in found if not any(part[0] in "._" for part in path.parts))
-    wings = [*WINGS, *sorted({path.parts[0] for path in found if len(path.parts) > 1} - set(WINGS))]
-    place = lambda path: (-1 if len(path.parts) == 1 else wings.index(path.parts[0]), path.stem != "index")
-    return [NBS / path for path in sorted(found, key=place)]
-
-
-def page_name(path: Path) -> str:
-    "Where a notebook's page lies in the site, named as nbdev names it: `nbs/00_core.ipynb` -> `core.ipynb`."
-    relative = path.relative_to(NBS)
-    return relative.with_name(re.sub(r"^\d+[a-zA-Z0-9]*_", "", relative.name.lower())).as_posix()
-
-
 def read_page(path: Path, nb=None) -> tuple[str, str, list[dict]]:
     """Title, subtitle and cells of a notebook, with nbdev's directives applied.
 
     Cells have kind, source, tags, outputs, and alt: what a figure shows, in words, from `#| fig-alt: ...` in the cell that draws
-    it, else the heading above it.
+    it (a second line goes on), else the heading above it.
     """
     nb = nb or read_nb(path)
     # nbdev takes the title's whole cell as front matter: text below title and subtitle would be lost.
@@ -80,19 +65,20 @@ def read_page(path: Path, nb=None) -> tuple[str, str, list[dict]]:
             cells += [dict(kind="markdown", source=f"{heading} `{name}`") for name in _def_names(cell, set())]
         if cell.cell_type == "markdown":
             topic = [topic, *HEADING.findall(cell.source)][-1]
-        cells.append(_cell(cell, states, topic))
+        cells.append(_cell(cell, states, topic, path))
         below_section = below_section or bool(re.search("^## ", cell.source, re.M) and cell.cell_type == "markdown")
     return nb.frontmatter_["title"], nb.frontmatter_.get("description", ""), cells
 
 
-def _cell(cell, states, topic: str) -> dict:
+def _cell(cell, states, topic: str, path: Path) -> dict:
     if cell.cell_type == "markdown":
-        return dict(kind="markdown", source=NbdevLookup().linkify(cell.source))
+        return dict(kind="markdown", source=linkify(cell.source, path))
     options = {f"{key} {' '.join(values)}".lower() for key, values in cell.directives_.items()}
     if re.match("show_doc", cell.source.splitlines()[-1]):
         options.add("echo: false")
     tags = [tag for option, tag in TAGS.items() if option in options]
-    outputs = [mount_widget(output, states) for output in cell.outputs]
+    words = " ".join(ALT.findall(cell.source))
+    outputs = [mount_widget(output, states, words) for output in cell.outputs]
     if "explorer:" in cell.directives_:  # `#| explorer: vanishing`: as the page of all explorers has stored it
         outputs = [stored_explorer(*cell.directives_["explorer:"])]
     # Markdown that a hidden cell displays is part of the text: headings in the contents, links resolved.
@@ -101,18 +87,25 @@ def _cell(cell, states, topic: str) -> dict:
         source = re.sub(r"^---\n+(?:\[source\].*\n+)?(#+) (.+)", r"\1 `\2`", source)  # the head of `show_doc`
         return dict(kind="markdown", source=source)
     source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip("\n")
-    alt = [*ALT.findall(cell.source), re.sub("[`*$]", "", topic)][0]
-    return dict(kind="code", source=source, tags=tags, outputs=outputs, alt=alt)
+    tests = not tags and "exports" not in cell.directives_ and not outputs and only_tests(source)
+    alt = words or re.sub("[`*$]", "", topic)
+    return dict(kind="code", source=source, tags=["hide-input"] if tests else tags, outputs=outputs, alt=alt, tests=tests)
+
+
+def only_tests(source: str) -> bool:
+    "Whether a cell does nothing but test: such a cell is folded on the page."
+    try:
+        body = ast.parse(re.sub(r"^\s*[%!].*", "", source, flags=re.M)).body
+    except SyntaxError:
+        return False
+    is_test = lambda node: isinstance(node, ast.Assert) or (
+        isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and ast.unparse(node.value.func).startswith("test_"))
+    return bool(body) and all(map(is_test, body))
 
 
 def resolve(target: str, page: Path) -> tuple[Path, str] | None:
     "The file in this repository, and the anchor in it, that a link means; None for a link to elsewhere."
-    cfg = get_config()
-    docs = f"{cfg.doc_host}{cfg.doc_baseurl}/"
-    name, _, anchor = target.removeprefix(docs).partition("#")
-    if target.startswith(docs):  # nbdev made it, from a name in backticks; a method is found with its class
-        named = {page_name(path): path for path in notebooks()}
-        return named[name.replace(".html", ".ipynb")], "" if anchor.startswith("_") else anchor.split(".")[0]
+    name, _, anchor = target.partition("#")
     if re.match("[a-z]+:|#", target):
         return None
     path = (page.parent / name).resolve()
@@ -121,20 +114,31 @@ def resolve(target: str, page: Path) -> tuple[Path, str] | None:
     return path, anchor
 
 
+def repository_link(path: Path) -> str:
+    "The address of a file where the repository is browsed."
+    cfg = get_config()
+    return f"{cfg.git_url}/blob/{cfg.branch}/{path.relative_to(ROOT).as_posix()}"
+
+
 def _site_link(target: str, page: Path, out: Path) -> str:
-    found = resolve(target, page)
+    found = (page, target[1:]) if target.startswith("#") and page == INDEX else resolve(target, page)
     if found is None:
         return target
     path, anchor = found
+    files = {ROOT / file: name for name, file in FILES.items()}
+    sections = {slug(heading): name for heading, name in SECTIONS.items() if name}
+    if path == INDEX and anchor in sections:
+        return f"/{sections[anchor]}.ipynb"
     if path.suffix == ".ipynb":
-        return f"/{page_name(path)}" + (f"#{anchor}" if anchor else "")
-    if path.is_relative_to(NBS):  # a picture beside the notebook comes along
-        copy = out / path.relative_to(NBS)
+        return f"/{page_name(path)}.ipynb" + (f"#{anchor}" if anchor else "")
+    if path in files:
+        return f"/{files[path]}.md" + (f"#{anchor}" if anchor else "")
+    if path.is_relative_to(NBS) or path.suffix in (".png", ".svg", ".jpg"):  # a picture comes along
+        copy = out / path.relative_to(NBS if path.is_relative_to(NBS) else ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)
-        return f"/{path.relative_to(NBS).as_posix()}"
-    cfg = get_config()
-    return f"{cfg.git_url}/blob/{cfg.branch}/{path.relative_to(ROOT).as_posix()}"
+        return f"/{copy.relative_to(out).as_posix()}"
+    return repository_link(path)
 
 
 def _admonition(match: re.Match) -> str:
@@ -143,7 +147,7 @@ def _admonition(match: re.Match) -> str:
 
 
 def to_myst(source: str, page: Path, out: Path) -> str:
-    "Markdown with Quarto's callouts and nbdev's links written as MyST's."
+    "Markdown with Quarto's callouts and links to files written as MyST's."
     source = CALLOUT.sub(_admonition, source)
     source = LINK.sub(lambda match: match["literal"] or _site_link(match[0], page, out), source)
     if re.search(r"^:::+ *\{[.#]", source, re.M):
@@ -151,44 +155,110 @@ def to_myst(source: str, page: Path, out: Path) -> str:
     return source
 
 
-def contents() -> str:
-    "The table of contents: the method, then each wing under its own name."
-    groups: dict[str, list[str]] = {}
-    for path in notebooks()[1:]:
-        folder = path.parent.relative_to(NBS).as_posix()
-        groups.setdefault("Method" if folder == "." else WINGS.get(folder, folder.capitalize()), []).append(
-            f"{path.stem} <{page_name(path)}>")
-    trees = (f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(pages) + "\n```"
-             for caption, pages in groups.items())
-    return "\n\n".join(trees)
+def toctree(pages: list[str], caption: str = "") -> str:
+    "A table of contents that is not shown on its page, only beside it."
+    options = f":hidden:\n{f':caption: {caption}' if caption else ''}".rstrip()
+    short = sidebar_names()
+    names = (f"{short[page]} </{page}>" if page in short else f"/{page}" for page in pages)
+    return f"```{{toctree}}\n{options}\n\n" + "\n".join(names).replace("</index>", "<self>") + "\n```"
 
 
-def write_page(path: Path, out: Path) -> None:
-    "Write one notebook's page into the folder `out`."
-    title, subtitle, cells = read_page(path)
-    page = [dict(kind="markdown", source=f"# {title}\n\n" + (f"{{.subtitle}}\n{subtitle}" if subtitle else "")), *cells]
-    if path == NBS / "index.ipynb":
-        page.append(dict(kind="markdown", source=contents()))
+def link_sections(source: str) -> str:
+    "The table of equations with each section, and each test, as a link."
+    source = re.sub(r"\[\w+\]\(([\w/]+\.ipynb)\), ([^|]+?) \|",
+                    lambda match: f"[{match[2]}]({match[1]}#{slug(match[2])}) |", source)
+    return re.sub(r"`(test_\w+\.py)::(\w+)`", r"[`\2`](../tests/\1)", source)
+
+
+def split_index(cells: list[dict]) -> dict[str, tuple[str, list[dict]]]:
+    "The landing page, and the sections of the index that are pages of their own: name -> title and cells."
+    pages, page = {"index": ("", [])}, "index"
+    for cell in cells:
+        heading = re.match(r"## (.+?) *\n", cell["source"] + "\n") if cell["kind"] == "markdown" else None
+        if heading:
+            page = SECTIONS.get(heading[1], "index")
+            if page not in ("index", None):
+                pages[page] = (heading[1], [])
+                source = re.sub("^#(#+ )", r"\1", cell["source"].removeprefix(heading[0]), flags=re.M)
+                cell = cell | dict(source=link_sections(source) if page == "reference/paper" else source)
+        if page and cell["source"].strip():
+            pages[page][1].append(cell)
+    return pages
+
+
+def _head(path: Path, subtitle: str) -> str:
+    "Title, subtitle, and where the page comes from."
+    parts = [f"# {page_title(path)}"] + ([f"{{.subtitle}}\n{subtitle}"] if subtitle else [])
+    module = {notebook: name for name, notebook in modules().items()}.get(path)
+    files = [("notebook", path), *([("module", module_file(module))] if module else [])]
+    links = (f"{kind} [{file.relative_to(ROOT)}]({repository_link(file)})" for kind, file in files)
+    return "\n\n".join([*parts, "{.source}\n" + " | ".join(links)]).replace("__main__.ipynb]", r"\_\_main\_\_.ipynb]")
+
+
+def _write_cells(name: str, cells: list[dict], path: Path, out: Path) -> None:
+    "Write cells of a notebook as the page `name`."
     written = []
-    for number, cell in enumerate(page):
+    for number, cell in enumerate(cells):
         cell_id = f"cell-{number}"
         if cell["kind"] == "markdown":
             source = to_myst(cell["source"], path, out)
             written.append(dict(id=cell_id, cell_type="markdown", metadata={}, source=source))
         else:
-            shown = dict(tags=cell["tags"], mystnb=dict(image=dict(alt=cell["alt"])))
-            written.append(dict(id=cell_id, cell_type="code", metadata=shown, source=cell["source"],
-                                outputs=cell["outputs"], execution_count=None))
+            image = dict(alt=cell["alt"])
+            widths = [size["width"] for output in cell["outputs"]
+                      if "width" in (size := output.get("metadata", {}).get("image/png", {}))]
+            settings = dict(image=image | (dict(width=f"{widths[0]}px") if widths else {}))
+            settings |= dict(code_prompt_show="Show the tests" if cell["tests"] else "Show the code",
+                             code_prompt_hide="Hide the tests" if cell["tests"] else "Hide the code")
+            written.append(dict(id=cell_id, cell_type="code", metadata=dict(tags=cell["tags"], mystnb=settings),
+                                source=cell["source"], outputs=cell["outputs"], execution_count=None))
     metadata = dict(kernelspec=dict(name="python3", display_name="python3", language="python"),
                     language_info=dict(name="python", pygments_lexer="ipython3"))
     notebook = json.dumps(dict(cells=written, metadata=metadata, nbformat=4, nbformat_minor=5))
-    target = out / page_name(path)
+    target = out / f"{name}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(notebook, encoding="utf-8")
 
 
-if __name__ == "__main__":
-    out = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "_sphinx"
+def write_page(path: Path, out: Path) -> None:
+    "Write one notebook's page into the folder `out`; the index gives several."
+    title, subtitle, cells = read_page(path)
+    if path != INDEX:
+        _write_cells(page_name(path), [dict(kind="markdown", source=_head(path, subtitle)), *cells], path, out)
+        return
+    for name, (heading, section) in split_index(cells).items():
+        head = f"# {heading}" if heading else f"# {title}\n\n{{.subtitle}}\n{subtitle}"
+        trees = [toctree(pages, caption) for caption, pages in parts().items()] if name == "index" else []
+        _write_cells(name, [dict(kind="markdown", source=source) for source in [head]] + section
+                     + [dict(kind="markdown", source=tree) for tree in trees], path, out)
+
+
+def write_wing(wing: str, pages: list[str], out: Path) -> None:
+    "Write the page of a wing: every notebook in it, and the contents of those that no part has chosen."
+    name, text = WINGS.get(wing, (wing.capitalize(), f"notebooks in {wing}"))
+    rows = ["| Page | What it holds |", "| --- | --- |"]
+    for path in notebooks():
+        if path.parent == NBS / wing and path.stem not in ("index", "map"):
+            rows.append(f"| [{page_title(path)}](/{page_name(path)}.ipynb) | {read_page(path)[1].replace('|', chr(92) + '|')} |")
+    page = out / f"notebooks/{wing or 'method'}.md"
+    page.parent.mkdir(exist_ok=True)
+    page.write_text(f"# {name}: {text}\n\n" + "\n".join(rows) + f"\n\n{toctree(pages)}\n", encoding="utf-8")
+
+
+def write_site(out: Path) -> None:
+    "Write all pages, and the order in which a reader turns them."
     shutil.rmtree(out, ignore_errors=True)
     for path in notebooks():
         write_page(path, out)
+    for wing, pages in wing_pages().items():
+        write_wing(wing, pages, out)
+    write_reference(out)
+    for name, file in FILES.items():
+        page = out / f"{name}.md"
+        page.parent.mkdir(exist_ok=True)
+        page.write_text(to_myst((ROOT / file).read_text(encoding="utf-8"), ROOT / file, out), encoding="utf-8")
+    (out / "order.json").write_text(json.dumps(reading_order()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_site(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "_sphinx")

@@ -9,13 +9,13 @@ import sys
 from base64 import b64decode
 from pathlib import Path
 
-from build import CALLOUT, LINK, NBS, ROOT, read_page, resolve
+from build import CALLOUT, INDEX, LINK, NBS, ROOT, read_page, resolve
 from execnb.nbio import dict2nb, nb2dict, read_nb, write_nb
 from execnb.shell import CaptureShell
 from fastcore.xtras import working_directory
 from nbdev.clean import clean_nb
 
-INDEX, MAP = NBS / "index.ipynb", NBS / "map.ipynb"
+MAP = NBS / "map.ipynb"
 
 
 def _link(target: str) -> str:

@@ -5,6 +5,7 @@ What a reader moves is kept in the address, as `#vanishing.accuracy=0.5&clip.adv
 import json
 import re
 from functools import cache
+from html import escape
 from pathlib import Path
 
 EXPLORE = Path(__file__).resolve().parent.parent / "nbs" / "explore" / "index.ipynb"  # holds every explorer once
@@ -84,12 +85,14 @@ def _name(model: dict) -> str:
 
 
 @cache
-def _stored() -> dict[str, tuple[dict, dict]]:
-    "Name -> output and states of every explorer on the page that gathers them."
+def _stored() -> dict[str, tuple[dict, dict, str]]:
+    "Name -> output, states and words of every explorer on the page that gathers them."
     notebook = json.loads(EXPLORE.read_text(encoding="utf-8"))
     states = notebook["metadata"]["widgets"][STATE]["state"]
-    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", ()) if VIEW in output.get("data", {})]
-    return {_name(states[output["data"][VIEW]["model_id"]]["state"]): (output, states) for output in outputs}
+    outputs = [(output, "".join(cell["source"])) for cell in notebook["cells"] for output in cell.get("outputs", ())
+               if VIEW in output.get("data", {})]
+    return {_name(states[output["data"][VIEW]["model_id"]]["state"]):
+            (output, states, re.search(r"^#\| fig-alt: (.+)", source, re.M)[1]) for output, source in outputs}
 
 
 def stored_explorer(name: str) -> dict:
@@ -99,8 +102,11 @@ def stored_explorer(name: str) -> dict:
     return mount_widget(*_stored()[name])
 
 
-def mount_widget(output: dict, states: dict) -> dict:
-    "The output with its widget as HTML that runs by itself; other outputs are returned unchanged."
+def mount_widget(output: dict, states: dict, words: str = "") -> dict:
+    """The output with its widget as HTML that runs by itself; other outputs are returned unchanged.
+
+    `words` say what the still picture shows, which stands there until the module is loaded.
+    """
     data = output.get("data", {})
     if VIEW not in data:
         return output
@@ -111,7 +117,7 @@ def mount_widget(output: dict, states: dict) -> dict:
     values = {name: value for name, value in model.items() if name[0] != "_" and name not in OF_THE_WIDGET}
     name = _name(model)
     html = MOUNT % dict(id=f"explorer-{model_id}", picture="".join(data["image/png"]).strip(), name=name,
-                        alt=f"Still picture of the explorer “{name}”, as it is before anything is moved",
+                        alt=escape(words or f"Still picture of the explorer “{name}”, as it is before anything is moved"),
                         values=_script(values), source=_script(model["_esm"]))
     return output | {"data": {"text/html": html, "text/plain": text}}
 

@@ -69,7 +69,8 @@ class Page:
         elif method == "Runtime.exceptionThrown":
             details = params["exceptionDetails"]
             self.errors.append(details.get("exception", {}).get("description") or details["text"])
-        elif method == "Log.entryAdded" and params["entry"]["level"] == "error":
+        elif method == "Log.entryAdded" and params["entry"]["level"] == "error" \
+                and not params["entry"].get("url", "").endswith("/favicon.ico"):  # asked for by the browser alone
             self.errors.append(f"{params['entry']['text']} {params['entry'].get('url', '')}")
         elif method == "Runtime.consoleAPICalled" and params["type"] == "error":
             self.errors.append(" ".join(str(one.get("value", one.get("description"))) for one in params["args"]))

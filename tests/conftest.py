@@ -1,6 +1,9 @@
 """What all tests share: no network, and reasons to skip."""
+import fcntl
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,3 +91,21 @@ def asked(monkeypatch) -> list[str]:
 
     monkeypatch.setattr(evaluate_module, "prompt_for", noted)
     return ids
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory) -> Path:
+    "The built site, beside the `pages` that Sphinx made it from; the workers of one session share it."
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "built"
+    folder.mkdir(exist_ok=True)
+    sphinx = ["-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "-c", "docs", folder / "pages", folder / "site"]
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "done").exists():
+            for command in (["docs/build.py", folder / "pages"], sphinx):
+                done = subprocess.run([sys.executable, *command], cwd=Path(__file__).resolve().parents[1], capture_output=True,
+                                      text=True, timeout=600)
+                assert done.returncode == 0, done.stdout + done.stderr
+            (folder / "done").touch()
+    return folder / "site"
