@@ -20,7 +20,7 @@ setup(
     url=cfg["git_url"],
     license="Apache-2.0",
     packages=find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]),
-    package_data={f"{cfg['lib_path']}.explore": ["esm/*.js"]},
+    package_data={f"{cfg['lib_path']}.explore": ["esm/*.js", "answers.json", "scene.mp4"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "vllm")},

@@ -20,7 +20,7 @@ from parts import (
     FILES, NBS, ROOT, SECTIONS, WINGS, notebooks, page_name, page_title, parts, reading_order, sidebar_names, wing_pages,
 )
 from reference import write_reference
-from widgets import STATE, mount_widget
+from widgets import STATE, mount_widget, stored_explorer
 
 CALLOUT = re.compile(r"^:::+ *\{\.callout-(\w+)[^}]*\}\s*?\n+(?:#+ +(.+?) *\n)?(.*?)^:::+ *$", re.M | re.S)
 # The target of [text](target); code and formulas are matched first, so that links are not seen inside them.
@@ -79,14 +79,17 @@ def _cell(cell, states, topic: str, path: Path) -> dict:
     if re.match("show_doc", cell.source.splitlines()[-1]):
         options.add("echo: false")
     tags = [tag for option, tag in TAGS.items() if option in options]
-    outputs = [mount_widget(output, states) for output in cell.outputs]
+    words = " ".join(ALT.findall(cell.source))
+    outputs = [mount_widget(output, states, words) for output in cell.outputs]
+    if "explorer:" in cell.directives_:  # `#| explorer: vanishing`: as the page of all explorers has stored it
+        outputs = [stored_explorer(*cell.directives_["explorer:"])]
     # Markdown that a hidden cell displays is part of the text: headings in the contents, links resolved.
     if "remove-input" in tags and all("text/markdown" in output.get("data", ()) for output in outputs):
         source = "\n\n".join("".join(output["data"]["text/markdown"]) for output in outputs)
         source = re.sub(r"^---\n+(?:\[source\].*\n+)?(#+) (.+)", r"\1 `\2`", source)  # the head of `show_doc`
         return dict(kind="markdown", source=source)
     source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip("\n")
-    alt = " ".join(ALT.findall(cell.source)) or re.sub("[`*$]", "", topic)
+    alt = words or re.sub("[`*$]", "", topic)
     lesson = "exports" not in cell.directives_ and not tags
     return dict(kind="code", source=source, tags=tags, outputs=outputs, alt=alt, lesson=lesson)
 

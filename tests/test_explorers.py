@@ -119,7 +119,10 @@ def test_a_widget_and_its_script_agree_on_names(name):
 
 def test_every_module_is_packaged():
     names = {path.name for path in (files("deepvideo_r1.explore") / "esm").iterdir()}
-    assert names == {"kit.js", "augment.js", *(f"{name}.js" for name in EXPLORERS)}
+    shared = {"kit.js", "pixels.js", "plan.js"}
+    assert names == shared | {"augment.js", "effect.js", "own_clip.js", *(f"{name}.js" for name in EXPLORERS)}
+    packaged = {path.name for path in files("deepvideo_r1.explore").iterdir() if path.name in ("answers.json", "scene.mp4")}
+    assert len(packaged) == 2 and all(name in (ROOT / "setup.py").read_text() for name in packaged)
 
 
 def test_a_page_runs_each_widget_without_a_kernel(monkeypatch):

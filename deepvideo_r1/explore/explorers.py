@@ -16,6 +16,7 @@ import anywidget
 import torch
 import traitlets
 from matplotlib.figure import Figure
+from PIL import Image
 
 from ..advantage import group_advantages
 from ..grpo import grpo_loss
@@ -25,10 +26,20 @@ from ..reg_grpo import predicted_advantages, reg_grpo_loss
 def read_module(
     name: str,  # name of a file in `deepvideo_r1/explore/esm/`, without ".js"
 ) -> str:
-    "The text of an explorer's ES module, with the shared kit instead of its import."
+    "The text of an explorer's ES module, with the modules beside it instead of their imports, each once."
     folder = files("deepvideo_r1.explore") / "esm"
-    kit, module = (folder.joinpath(f"{file}.js").read_text(encoding="utf-8") for file in ("kit", name))
-    return kit + "\n" + re.sub(r'^import \{[^}]*\} from "\./kit\.js";\n', "", module, flags=re.M)
+    imported = re.compile(r'^import \{[^}]*\} from "\./(\w+)\.js";\n', re.M)
+    texts: dict[str, str] = {}
+
+    def read(name: str) -> None:
+        text = folder.joinpath(f"{name}.js").read_text(encoding="utf-8")
+        for other in imported.findall(text):
+            if other not in texts:
+                read(other)
+        texts[name] = imported.sub("", text)
+
+    read(name)
+    return "\n".join(texts.values())
 
 # %% ../../nbs/explore/00_explorers.ipynb #a25c17da
 class Explorer(anywidget.AnyWidget):
@@ -40,9 +51,10 @@ class Explorer(anywidget.AnyWidget):
 
     def picture(self) -> bytes:
         "The state as a PNG file."
-        figure, file = Figure(figsize=(8, 3.1), dpi=72, layout="constrained"), io.BytesIO()
+        figure, drawn, file = Figure(figsize=(8, 3.1), dpi=72, layout="constrained"), io.BytesIO(), io.BytesIO()
         self.draw(figure)
-        figure.savefig(file, format="png")
+        figure.savefig(drawn, format="png")
+        Image.open(drawn).convert("RGB").quantize(64).save(file, format="png", optimize=True)  # a third of the bytes
         return file.getvalue()
 
     def _repr_mimebundle_(self, **kwargs):

@@ -1,5 +1,6 @@
 // Explorer: what difficulty-aware augmentation shows to the policy, and how often a group of that difficulty vanishes.
 import { change, chart, follow, make, modelSlider, number, open, range, slider } from "./kit.js";
+import { makeHint, maskedFrames, nearestLevel, planAugmentation, strengths } from "./plan.js";
 
 const LOOK = `
 .dvr-strip { display: flex; flex-wrap: wrap; gap: 4px; margin: .4em 0; }
@@ -10,70 +11,11 @@ const LOOK = `
 .dvr-turn { display: grid; grid-template-columns: 6em 1fr; gap: 0 .6em; margin: .3em 0; }
 .dvr-turn pre { margin: 0; padding: .3em .6em; border: 1px solid currentColor; border-radius: 6px; background: none;
   color: inherit; font: 13px/1.4 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
-.dvr-turn .hint { color: var(--dvr-b); font-weight: 600; }
+.dvr-turn .hint { font-weight: 600; text-decoration: underline 2px var(--dvr-b); }
 .dvr-turn .aside { opacity: .75; }
 @container (max-width: 30em) { .dvr-turn { grid-template-columns: 1fr; } }
 `;
 const SPAN = 1;  // units of reward shown to each side
-
-/** To the nearest whole number, halves to the even one, as Python rounds. */
-export function roundHalfEven(value) {
-  const low = Math.floor(value);
-  return value - low === 0.5 ? low + (low % 2) : Math.round(value);
-}
-
-/** `change_strength`: side of the difficulty, and the names of scale, cap and fixed strength, for each change. */
-const CHANGES = {
-  noise: [-1, "noise_scale", "max_sigma", "fixed_sigma"],
-  mask: [-1, "mask_scale", "max_mask", "fixed_mask"],
-  hint: [1, "hint_scale", "max_hint", "fixed_hint"],
-};
-
-export function changeStrength(difficulty, change, config) {
-  const [side, ...names] = CHANGES[change], [scale, cap, fixed] = names.map((name) => config[name]);
-  if (side * difficulty <= config.dead_zone) return 0;
-  return config.schedule === "fixed" ? (scale > 0 ? fixed : 0) : Math.min(scale * side * difficulty, cap);
-}
-
-/** `plan_augmentation`: what to change, for an AugmentConfig. */
-export function planAugmentation(difficulty, config, step = 0) {
-  if (config.redraw_only) return Math.abs(difficulty) > config.dead_zone ? { change: "redraw" } : {};
-  const left = config.hint_fade_steps ? Math.max(0, 1 - step / config.hint_fade_steps) : 1;
-  const hint = left * changeStrength(difficulty, "hint", config);
-  if (hint) return { change: "hint", fraction: hint };
-  const amount = changeStrength(difficulty, config.harder, config);
-  if (!amount) return {};
-  return config.harder === "mask" ? { change: "mask", fraction: amount } : { change: "noise", sigma: amount };
-}
-
-/** What the plan says for each of the three sliders. */
-export function strengths(plan) {
-  return {
-    sigma: plan.sigma ?? 0,
-    masked_share: plan.change === "mask" ? plan.fraction : 0,
-    hint_share: plan.change === "hint" ? plan.fraction : 0,
-  };
-}
-
-/** Where a trace is cut: between lines, sentences of every script, words. A group holds what stays before the cut. */
-const BOUNDARIES = [
-  /\n+/gu,
-  /\n+|(?<=[.!?])\p{White_Space}+|((?:(?![.!?])\p{Sentence_Terminal})+[\p{Pe}\p{Pf}]*)/gu,
-  /\p{White_Space}+|([\uFF0C\u3001\uFF1B\uFF1A\u060C\u061B])/gu,
-];
-const BLANK_ENDS = /^[\p{White_Space}\x1C-\x1F]+|[\p{White_Space}\x1C-\x1F]+$/gu;  // what Python's `strip` removes
-
-/** `make_hint`, and no hint where there is no trace. */
-export function makeHint(trace, fraction) {
-  const text = trace.replace(BLANK_ENDS, "");
-  for (const boundary of BOUNDARIES) {
-    const places = [...text.matchAll(boundary)].map(({ index, 1: kept = "" }) => index + kept.length);
-    const cuts = [...new Set(places)].filter((place) => place > 0 && place < text.length);
-    const count = Math.min(roundHalfEven(fraction * (cuts.length + 1)), cuts.length);
-    if (cuts.length) return count ? text.slice(0, cuts[count - 1]) : "";
-  }
-  return "";
-}
 
 /** Where the hint stands: `slot` opens the user's turn, `prefix` the assistant's. */
 export function placeHint(hint, hintAs) {
@@ -88,16 +30,6 @@ export function inferAccuracy(difficulty, bufferMean) {
 
 export function vanishingShare(accuracy, groupSize) {
   return accuracy ** groupSize + (1 - accuracy) ** groupSize;
-}
-
-/** Numbers of the frames that `mask_frames` turns grey; `order` leaves out the frame that always stays. */
-export function maskedFrames(order, share) {
-  return order.slice(0, Math.min(roundHalfEven(share * (order.length + 1)), order.length));
-}
-
-/** Place of the noise level nearest to sigma. */
-export function nearestLevel(levels, sigma) {
-  return levels.reduce((best, level, k) => (Math.abs(level - sigma) < Math.abs(levels[best] - sigma) ? k : best), 0);
 }
 
 const STRENGTHS = ["sigma", "masked_share", "hint_share"];

@@ -3,7 +3,7 @@
 
 const STYLE = `
 .dvr { container-type: inline-size; max-width: 46em; margin: .5em 0; font: 14px/1.4 system-ui, sans-serif;
-  --dvr-a: #3b82f6; --dvr-b: #d9730d;
+  --dvr-a: #3b82f6; --dvr-b: #d9730d; --dvr-a-strong: #1d4ed8;
   color: var(--jp-content-font-color1, var(--color-foreground-primary, inherit)); }
 .dvr * { box-sizing: border-box; }
 .dvr-title { font-weight: 600; margin-bottom: .3em; }
