@@ -79,7 +79,7 @@ def _cell(cell, states, topic: str, path: Path) -> dict:
     if re.match("show_doc", cell.source.splitlines()[-1]):
         options.add("echo: false")
     tags = [tag for option, tag in TAGS.items() if option in options]
-    outputs = [mount_widget(output, states) for output in cell.outputs]
+    outputs = [_as_text(mount_widget(output, states)) for output in cell.outputs]
     # Markdown that a hidden cell displays is part of the text: headings in the contents, links resolved.
     if "remove-input" in tags and all("text/markdown" in output.get("data", ()) for output in outputs):
         source = "\n\n".join("".join(output["data"]["text/markdown"]) for output in outputs)
@@ -89,6 +89,14 @@ def _cell(cell, states, topic: str, path: Path) -> dict:
     alt = " ".join(ALT.findall(cell.source)) or re.sub("[`*$]", "", topic)
     lesson = "exports" not in cell.directives_ and not tags
     return dict(kind="code", source=source, tags=tags, outputs=outputs, alt=alt, lesson=lesson)
+
+
+def _as_text(output: dict) -> dict:
+    "What rich printed as it stands in a terminal, instead of as HTML with a style of its own."
+    data = output.get("data", {})
+    if not "".join(data.get("text/html", "")).startswith("<pre style"):
+        return output
+    return dict(output_type="stream", name="stdout", text=re.sub(r"\x1b\[[\d;]*m", "", "".join(data["text/plain"])))
 
 
 def _is_test(node: ast.stmt) -> bool:
