@@ -80,7 +80,7 @@ def _cell(cell, states, topic: str, path: Path) -> dict:
         options.add("echo: false")
     tags = [tag for option, tag in TAGS.items() if option in options]
     words = " ".join(ALT.findall(cell.source))
-    outputs = [mount_widget(output, states, words) for output in cell.outputs]
+    outputs = [_as_text(mount_widget(output, states, words)) for output in cell.outputs]
     if "explorer:" in cell.directives_:  # `#| explorer: vanishing`: as the page of all explorers has stored it
         outputs = [stored_explorer(*cell.directives_["explorer:"])]
     # Markdown that a hidden cell displays is part of the text: headings in the contents, links resolved.
@@ -92,6 +92,14 @@ def _cell(cell, states, topic: str, path: Path) -> dict:
     alt = words or re.sub("[`*$]", "", topic)
     lesson = "exports" not in cell.directives_ and not tags
     return dict(kind="code", source=source, tags=tags, outputs=outputs, alt=alt, lesson=lesson)
+
+
+def _as_text(output: dict) -> dict:
+    "What rich printed as it stands in a terminal, instead of as HTML with a style of its own."
+    data = output.get("data", {})
+    if not "".join(data.get("text/html", "")).startswith("<pre style"):
+        return output
+    return dict(output_type="stream", name="stdout", text=re.sub(r"\x1b\[[\d;]*m", "", "".join(data["text/plain"])))
 
 
 def _is_test(node: ast.stmt) -> bool:

@@ -30,7 +30,7 @@ nb_ipywidgets_js = {}
 
 html_theme, html_title = "furo", cfg["title"]
 html_static_path, html_css_files = [str(here / "_static")], ["custom.css"]
-html_js_files = ["site.js"]
+html_js_files, html_favicon = ["site.js"], str(here / "_static" / "favicon.svg")
 html_show_sourcelink = html_copy_source = False
 
 
