@@ -66,4 +66,7 @@ def draw_map(config: Annotated[MapConfig, tyro.conf.arg(name="")] = MapConfig())
             pair = f"{row['other']} - {row['base']}"
             table.add_row(row["cell"], pair, points(row["mean"]), str(row["pairs"]), settled)
     Console().print(table)
-    print(f"{found['cpu_hours']:.2f} hours of processor time; map: {out / 'map.png'}")
+    left = found["studies_not_begun"]
+    limit = f", the limit: {left} studies were not begun" if left else ""
+    print(f"{found['cpu_hours']:.2f} hours of processor time{limit}")
+    print(f"map: {out / 'map.png'}")

@@ -94,24 +94,30 @@ def run_map(
     with directory_lock(out):
         open_run(out, config, ignored=("out", "toy.out", "toy.workers", "cpu_hours", "most_seeds"),
                  may_change=("cold_starts",))
+        n_left = 0
         for n_seeds in range(config.first_seeds, config.most_seeds + 1):
             waiting = [(cell, cold) for cell in cells for cold in config.cold_starts
                        if n_seeds == config.first_seeds or is_open(_cell_runs(out, cell), config.toy.arms)]
             for done, (cell, cold) in enumerate(waiting):
                 report(f"seed {n_seeds} of {config.most_seeds}", done, len(waiting))
                 if _spent(out) >= config.cpu_hours:
+                    n_left += len(waiting) - done
                     break
                 study = replace(cells[cell], out=str(out / "cells" / cell.replace(" ", ",") / f"cold{cold}"),
                                 workers=config.toy.workers, seeds=tuple(range(n_seeds)),
                                 cold_start=replace(cells[cell].cold_start, seed=cold))
                 run_toy(study, on_progress=on_progress, only_arms=True, cache=out / "cache")
-            report(f"seed {n_seeds} of {config.most_seeds}", len(waiting), len(waiting))
+            else:
+                report(f"seed {n_seeds} of {config.most_seeds}", len(waiting), len(waiting))
+            if n_left:
+                break
 
         # what was found
         runs = [run for cell in cells for run in _cell_runs(out, cell)]
         rows = map_rows(runs, config.toy.arms)
         write_whole(out / "map.jsonl", "".join(json.dumps(run) + "\n" for run in runs))
-        write_whole(out / "map.json", json.dumps({"cpu_hours": round(_spent(out), 4), "rows": rows}, indent=1))
+        write_whole(out / "map.json", json.dumps(
+            {"cpu_hours": round(_spent(out), 4), "studies_not_begun": n_left, "rows": rows}, indent=1))
         (out / "map.png").write_bytes(figure_png(plot_map(rows), max_bytes=400_000))
     return out
 
