@@ -14,9 +14,9 @@ from rich.table import Column, Table
 
 from ..config import PlanConfig, RunConfig
 from .moments import ModelScale
-from deepvideo_r1.training.plan import (
-    PARTS, PHASES, SECONDS_PER_KERNEL, USABLE, UTILISATION, Arrangement, Gpu, Plan, find_gpu, make_plan, n_draws,
-    recipe)
+from .plan import (
+    PARTS, PHASES, SECONDS_PER_KERNEL, SECONDS_PER_RECORDED, USABLE, UTILISATION, Arrangement, Gpu, Plan, find_gpu,
+    make_plan, n_draws, recipe)
 
 # %% ../../nbs/training/11_verdict.ipynb #b0cccef8
 Change = tuple[str, RunConfig, Arrangement]  # what is changed, and the settings after it
@@ -159,15 +159,18 @@ def plan_lines(
              f"{plan.work.prompt_tokens} tokens, {plan.work.group_size} responses of up to {plan.work.max_tokens}",
              f"disk: {plan.disk['checkpoints'] / 1e9:.0f} GB for {keep} checkpoints of {12 * trained / 1e9:.1f} GB, "
              f"and {plan.disk['model'] / 1e9:.1f} GB for the model at the end"]
+
+    # the time of a step, where the card's speed is known
     if times := plan.times:
         train = plan.config.train
         n_tokens = train.prompts_per_step * plan.work.rows // plan.work.prompts_sampled * plan.work.max_tokens
         rate = n_tokens * n_draws(plan.config) / times.sample
-        lines.append(f"time of a step, an estimate that no run on a GPU has checked: {times.step:.0f} s, of which "
+        lines.append(f"time of a step, an estimate whose constants are of one H200: {times.step:.0f} s, of which "
                      f"videos and prompts {times.encode:.1f}, sampling {times.sample:.1f} ({rate:.0f} tokens/s), "
                      f"update {times.update:.1f}; {train.steps} steps: {train.steps * times.step / 3600:.1f} hours "
                      f"without saving and evaluation; assumed are {UTILISATION:.0%} of the peak and "
-                     f"{1e6 * SECONDS_PER_KERNEL:.0f} us for each kernel")
+                     f"{1e6 * SECONDS_PER_KERNEL:.0f} us for each kernel, "
+                     f"{1e6 * SECONDS_PER_RECORDED:.0f} in a CUDA graph")
     if plan.config.train.prompts_per_step % plan.arrangement.n_processes:
         lines.append(f"train.prompts_per_step ({plan.config.train.prompts_per_step}) must be a multiple of the "
                      f"{plan.arrangement.n_processes} processes, or the run does not start")
