@@ -59,7 +59,8 @@ const button = (text, click) =>
   Object.assign(document.createElement("button"), { type: "button", textContent: text, onclick: click });
 const copy = async () => {
   writeAddress();
-  try { await navigator.clipboard.writeText(location.href); said.textContent = "Copied."; } catch { said.textContent = location.href; }
+  const late = new Promise((_, refuse) => setTimeout(refuse, 1000)); // a browser may leave the question open
+  try { await Promise.race([navigator.clipboard.writeText(location.href), late]); said.textContent = "Copied."; } catch { said.textContent = location.href; }
 };
 bar.className = "explorer-bar";
 bar.style.cssText = "display: flex; flex-wrap: wrap; gap: .3em 1em; margin: .3em 0; font-size: .85em; overflow-wrap: anywhere";

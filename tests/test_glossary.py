@@ -60,7 +60,7 @@ def test_every_field_of_the_results_is_explained(step_rows, tmp_path):
     entry = made_up["arms"][0]
     gain = {"sampled": 0.1, "ci": [0, 1], "greedy": 0.1, "greedy_ci": [0, 1]}
     real = {"config": {}, "cold_start": {"seconds": 1.0, "loss": 0.1, "reused": False, "accuracy": {"L1": levels}, "grounding": levels},
-            "arms": [{"arm": "grpo", "seed": 0, **arm_figures(step_rows[:1]), "accuracy": {"L1": levels}, "gain": {"L1": gain}}]}
+            "arms": [{"arm": "grpo", "seed": 0, "cpu_seconds": 1.0, **arm_figures(step_rows[:1]), "accuracy": {"L1": levels}, "gain": {"L1": gain}}]}
     assert unexplained(result_names(real), RESULT_FIELDS) == []
     assert unexplained(result_names(made_up), RESULT_FIELDS) == [] and entry["arm"] == "grpo"
     generic = {name.replace(".L1.", ".<level>.") for name in result_names(real)}
