@@ -119,8 +119,13 @@ class Page:
 
     def place(self, element: str, share: float = 0.5) -> tuple[float, float]:
         "Where an element is, after scrolling to it; `share` of its width from the left."
-        box = self.js(f"(() => {{ const one = {element}; one.scrollIntoView({{ block: 'center', behavior: 'instant' }});"
-                      "const { x, y, width, height } = one.getBoundingClientRect(); return [x, y, width, height]; })()")
+        where = f"(() => {{ const {{ x, y, width, height }} = ({element}).getBoundingClientRect(); return [x, y, width, height]; }})()"
+        for _ in range(20):
+            self.js(f"({element}).scrollIntoView({{ block: 'center', behavior: 'instant' }})")
+            box = self.js(where)
+            time.sleep(0.1)
+            if self.js(where) == box:  # nothing scrolls any more
+                break
         return box[0] + share * box[2], box[1] + box[3] / 2
 
     def click(self, element: str, share: float = 0.5) -> None:
