@@ -120,11 +120,13 @@ class Page:
     def place(self, element: str, share: float = 0.5) -> tuple[float, float]:
         "Where an element is, after scrolling to it; `share` of its width from the left."
         where = f"(() => {{ const {{ x, y, width, height }} = ({element}).getBoundingClientRect(); return [x, y, width, height]; }})()"
-        for _ in range(20):
+        still = 0
+        for _ in range(40):  # a page may still be scrolling, or make room for what is drawn above
             self.js(f"({element}).scrollIntoView({{ block: 'center', behavior: 'instant' }})")
             box = self.js(where)
             time.sleep(0.1)
-            if self.js(where) == box:  # nothing scrolls any more
+            still = still + 1 if self.js(where) == box else 0
+            if still == 3:
                 break
         return box[0] + share * box[2], box[1] + box[3] / 2
 
