@@ -59,12 +59,14 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228) 
 
 def over_seeds(
     differences: Sequence[float],  # one difference for each seed, at least one
+    *,
+    floor: float = 0.0,  # least standard error of the mean
 ) -> Estimate:
     "The mean with Student's interval; with one seed there is no interval."
     n, mean = len(differences), math.fsum(differences) / len(differences)
     if n == 1:
         return Estimate(mean, None, None, 1)
-    error = math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / (n - 1) / n)
+    error = max(floor, math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / (n - 1) / n))
     half = T_975[min(n - 1, len(T_975)) - 1] * error
     return Estimate(mean, mean - half, mean + half, n)
 
@@ -75,13 +77,7 @@ def over_clusters(
     floor: float = 0.0,  # least standard error of the mean
 ) -> Estimate:
     "The mean over cold starts with Student's interval over their means; with one cold start there is no interval."
-    means = [math.fsum(values) / len(values) for values in differences.values()]
-    n, mean = len(means), math.fsum(means) / len(means)
-    if n == 1:
-        return Estimate(mean, None, None, 1)
-    error = max(floor, math.sqrt(math.fsum((m - mean) ** 2 for m in means) / (n - 1) / n))
-    half = T_975[min(n - 1, len(T_975)) - 1] * error
-    return Estimate(mean, mean - half, mean + half, n)
+    return over_seeds([math.fsum(values) / len(values) for values in differences.values()], floor=floor)
 
 # %% ../../nbs/evaluation/00_intervals.ipynb #276f544c
 def p_value(

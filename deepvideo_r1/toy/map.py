@@ -14,7 +14,6 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ..evaluation.intervals import Estimate
 from ..support.files import read_json_file, write_whole
 from ..support.locks import directory_lock
 from ..support.run_directory import open_run
@@ -61,9 +60,13 @@ def _spent(out: Path) -> float:
     return sum(read_json_file(path).get("cpu_seconds", 0.0) for path in out.glob("cells/*/*/arms/*/arm.json")) / 3600
 
 
+def _cell_folder(out: Path, cell: str) -> Path:
+    return out / "cells" / cell.replace(" ", ",")
+
+
 def _cell_runs(out: Path, cell: str) -> list[dict[str, Any]]:
     "The packed runs of a cell."
-    return [{"cell": cell} | run for study in sorted((out / "cells" / cell.replace(" ", ",")).glob("cold*"))
+    return [{"cell": cell} | run for study in sorted(_cell_folder(out, cell).glob("cold*"))
             for run in pack_runs(study, unfinished=True)]
 
 
@@ -96,14 +99,15 @@ def run_map(
                  may_change=("cold_starts",))
         n_left = 0
         for n_seeds in range(config.first_seeds, config.most_seeds + 1):
-            waiting = [(cell, cold) for cell in cells for cold in config.cold_starts
-                       if n_seeds == config.first_seeds or is_open(_cell_runs(out, cell), config.toy.arms)]
+            open_cells = [cell for cell in cells
+                          if n_seeds == config.first_seeds or is_open(_cell_runs(out, cell), config.toy.arms)]
+            waiting = [(cell, cold) for cell in open_cells for cold in config.cold_starts]
             for done, (cell, cold) in enumerate(waiting):
                 report(f"seed {n_seeds} of {config.most_seeds}", done, len(waiting))
                 if _spent(out) >= config.cpu_hours:
                     n_left += len(waiting) - done
                     break
-                study = replace(cells[cell], out=str(out / "cells" / cell.replace(" ", ",") / f"cold{cold}"),
+                study = replace(cells[cell], out=str(_cell_folder(out, cell) / f"cold{cold}"),
                                 workers=config.toy.workers, seeds=tuple(range(n_seeds)),
                                 cold_start=replace(cells[cell].cold_start, seed=cold))
                 run_toy(study, on_progress=on_progress, only_arms=True, cache=out / "cache")
