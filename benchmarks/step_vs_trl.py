@@ -2,7 +2,7 @@
 
 TRL does not train on video (trl_with_video.py), so both train a Qwen2. Ours is the language model inside a Qwen2.5-VL with the
 same weights; its encoder is never called. Generation is left out on both sides: stored responses come back at once (TRL's
-`rollout_func`, our `roll_out`).
+`rollout_func`, our `ReplayEngine`).
 """
 import shutil
 import tempfile
@@ -22,11 +22,13 @@ from harness import (EOS, PAD, Options, PeakMemory, check_equal, clock, make_pol
                      save, show, synchronize, use_attention)
 from torch import Tensor
 
-from deepvideo_r1.config import AugmentConfig, ObjectiveConfig, RolloutConfig, TrainConfig
+from deepvideo_r1.config import AugmentConfig, EngineConfig, ObjectiveConfig, RolloutConfig, TrainConfig
 from deepvideo_r1.core import Prompt, Rollout, Sample
 from deepvideo_r1.model.packing import LogpHead
 from deepvideo_r1.model.batch import PolicyBatch
 from deepvideo_r1.model.policy import PolicyModel, group_logps
+from deepvideo_r1.model.processor import load_processor, write_tiny_processor
+from deepvideo_r1.model.rollout import ReplayEngine, Responses
 from deepvideo_r1.trainer import Trainer
 
 LEARNING_RATE, KL, CLIP, BETAS, MAX_NORM = 1e-5, 0.04, 0.2, (0.9, 0.99), 1.0
@@ -76,15 +78,22 @@ class RepeatedRows(PolicyModel):
 
 
 class Stored(Trainer):
-    "Our trainer with stored responses."
-    groups: dict[str, Rollout]
+    "Our trainer with stored prompts: ids without words."
+    prompts: dict[str, Prompt]
 
     def ask(self, sample: Sample, visuals: list, **options: Any) -> Prompt:
-        return self.groups[sample.id].prompt
+        return self.prompts[sample.id]
 
-    def roll_out(self, samples, prompts, stream, features=None) -> list[Rollout]:
-        return [replace(self.groups[s.id], rewards=torch.tensor(rewards(self.groups[s.id].completion_ids.tolist())))
-                for s in samples]
+
+def score(group: Rollout) -> Rollout:
+    return replace(group, rewards=torch.tensor(rewards(group.completion_ids.tolist())))
+
+
+def replay(groups: list[Rollout]) -> ReplayEngine:
+    "An engine that writes these responses to these prompts."
+    stored = {tuple(group.prompt.prompt_ids.tolist()): Responses(group.completion_ids, group.completion_mask, group.sampled_logps)
+              for group in groups}
+    return ReplayEngine(lambda prompt, key: stored[tuple(prompt.prompt_ids.tolist())])
 
 
 def rewards(completion_ids: list[list[int]], **columns: Any) -> list[float]:
@@ -97,11 +106,13 @@ def our_trainer(policy: PolicyModel, groups: list[Rollout], settings: Settings, 
     steps = settings.repeats + 2
     train = TrainConfig(steps=steps, prompts_per_step=len(groups), inner_updates=1, prompts_per_forward=1,
                         learning_rate=LEARNING_RATE, warmup_steps=0, beta1=BETAS[0], beta2=BETAS[1], max_grad_norm=MAX_NORM)
-    trainer = Stored(policy, None, [group.sample for group in groups], directory, train=train,
-                     rollout=RolloutConfig(group_size=settings.group_size),
+    write_tiny_processor(directory / "processor", ["no word is read"])
+    trainer = Stored(policy, load_processor(directory / "processor"), [group.sample for group in groups], directory, train=train,
+                     rollout=RolloutConfig(group_size=settings.group_size), sampler=replay(groups), score=score,
+                     engine=EngineConfig(check_every=steps),  # in the first step alone, which is not timed
                      objective=ObjectiveConfig("grpo", kl_coef=KL, clip_eps=CLIP, ddof=1, eps=1e-4),
                      augment=AugmentConfig(enabled=False), accelerator=Accelerator(cpu=settings.device == "cpu"))
-    trainer.groups, trainer.feed.visuals = {group.sample.id: group for group in groups}, lambda index: []
+    trainer.prompts, trainer.feed.visuals = {group.sample.id: group.prompt for group in groups}, lambda index: []
     return trainer
 
 
@@ -221,6 +232,7 @@ def measure(settings: Settings, n_tokens: int, directory: Path) -> dict:
         plain = plain_logps(text, groups[0])
         for policy in policies.values():
             case |= check_equal("log-probs of the two models", (group_logps(policy, groups[0]), plain), None, settings)
+        groups = [replace(group, sampled_logps=plain_logps(text, group)) for group in groups]
     del text
     trainers = {name: our_trainer(policy, groups, settings, directory / name) for name, policy in policies.items()}
     logs: dict[str, list[dict]] = {name: [] for name in trainers}
@@ -230,7 +242,7 @@ def measure(settings: Settings, n_tokens: int, directory: Path) -> dict:
             EntropyHead.entropies = []
             logs[name].append(trainers[name].step())
             logs[name][-1]["entropy"] = float(torch.cat(EntropyHead.entropies[:settings.prompts]).mean())
-            trainers[name].optimizer.zero_grad()  # so that gradients count in every step's peak, as TRL's do
+            trainers[name].learner.optimizer.zero_grad()  # so that gradients count in every step's peak, as TRL's do
         return run
 
     turns = Turns({name: step(name) for name in trainers}, settings)

@@ -19,17 +19,30 @@ from deepvideo_r1.data.clip_cache import visuals_loader
 from deepvideo_r1.model.asking import prompt_for
 from deepvideo_r1.model.policy import PolicyModel, group_logps, load_policy
 from deepvideo_r1.model.processor import load_processor
+from deepvideo_r1.model.rollout import ReplayEngine, Responses
 from deepvideo_r1.trainer import Trainer
 
 QUESTION = "what colour is the ball ?"
 
 
-class Replaying(Trainer):
-    "Our trainer, which can be handed groups instead of sampling them."
+class Handed(Trainer):
+    "Our trainer, which can be handed groups: their prompts instead of its own, and an engine that plays back the responses."
     given: list[Rollout] | None = None
 
-    def roll_out(self, *args: Any, **kwargs: Any) -> list[Rollout]:
-        return super().roll_out(*args, **kwargs) if self.given is None else self.given
+    def hand(self, groups: list[Rollout] | None) -> None:
+        "The next step is about these groups, in the order of its questions; None: about its own again."
+        self.given, self.places = groups, {}
+        self.sampler = None if groups is None else ReplayEngine(lambda prompt, key: answers(self.group_of(key[-1])))
+
+    def group_of(self, name: str) -> Rollout:
+        return self.given[self.places.setdefault(name, len(self.places))]
+
+    def ask(self, sample: Sample, visuals: list, **changes: Any) -> Prompt:
+        return super().ask(sample, visuals, **changes) if self.given is None else self.group_of(sample.id).prompt
+
+
+def answers(group: Rollout) -> Responses:
+    return Responses(group.completion_ids, group.completion_mask, group.sampled_logps)
 
 
 @contextmanager
@@ -64,7 +77,7 @@ class OurSide:
         count = lambda text: len(prompt_for(policy, processor, replace(sample, question=text), visuals, template="plain",
                                             max_tokens=case.C).prompt_ids)
         sample = replace(sample, question=filled(QUESTION, count, case.P))
-        self.trainer = Replaying(
+        self.trainer = Handed(
             policy, processor, [replace(sample, id=f"s{i}") for i in range(steps * case.B)], folder / "ours", prompt=prompt,
             train=TrainConfig(steps=steps, prompts_per_step=case.B, inner_updates=1, prompts_per_forward=1, warmup_steps=0,
                               learning_rate=LEARNING_RATE, beta1=BETAS[0], beta2=BETAS[1], max_grad_norm=MAX_NORM, workers=0),
@@ -107,9 +120,12 @@ class OurSide:
         both, banned = (policy, trainer.learner.reference.frozen), policy.banned
         for model in both:
             model.banned = banned[:0]
-        trainer.given = [as_rollout(group, sample) for group, sample in zip(groups, trainer.samples)]
+        rollouts = [as_rollout(group, sample) for group, sample in zip(groups, trainer.samples)]
+        trainer.hand(rollouts)
+        config = trainer.config  # the given log-probs are over the whole vocabulary: so is the comparison with an engine
+        trainer.config = replace(config, rollout=replace(config.rollout, top_p=1.0))
         theirs = torch.stack([group["logps"] for group in groups])
-        score = lambda: torch.stack([group_logps(policy, group) for group in trainer.given])
+        score = lambda: torch.stack([group_logps(policy, group) for group in rollouts])
         with torch.no_grad():
             own_positions = float((score() - theirs).abs().max())
         kept: dict[str, Tensor] = {}
@@ -119,7 +135,8 @@ class OurSide:
                 logps = score()
             trainer.step()
         found = check_equal(f"{name} and ours", (logps, theirs), (kept, gradients), Options(threads=self.case.threads))
-        trainer.given = None
+        trainer.hand(None)
+        trainer.config = config
         for model in both:
             model.banned = banned
         trainer.learner.optimizer.zero_grad()
