@@ -23,8 +23,8 @@ WINGS = {  # folder of `nbs/` -> what it holds
     "howto": ("How to", "one task on each page"),
     "support": ("Support", "whole files, interrupts, checkpoints, run files, progress, colours, glossaries"),
 }
-LEARN = ["05_advantage", "06_grpo", "07_reg_grpo", "09_difficulty", "11_augment", "12_trainer", "toy/11_effects", "toy/13_claims", "04_reward",
-         "08_baselines", "10_hints", "toy/01_world", "00_core"]
+LEARN = ["05_advantage", "06_grpo", "07_reg_grpo", "07a_sigma_floor", "09_difficulty", "11_augment", "12_trainer", "toy/11_effects", "toy/13_claims",
+         "toy/16_paper_tables", "04_reward", "08_baselines", "10_hints", "toy/01_world", "00_core"]
 # Sections of nbs/index.ipynb that are pages of their own here, or stand elsewhere (None). The rest is the landing page.
 SECTIONS = {
     "Words": "about/words", "Installing": "about/installing", "Ten lines of Python": "about/python",
@@ -67,11 +67,11 @@ def page_title(path: Path) -> str:
     source = "\n".join(cell.source for cell in read_nb(path).cells)
     heading, subtitle = re.search(r"^# (.+)", source, re.M)[1], re.search(r"^> (.+)", source, re.M)
     number, _, name = path.stem.partition("_")
-    if not _exports(path):
+    titles = TITLES.get(path.parent.relative_to(NBS).name or "method", {})
+    if not _exports(path) and path.stem not in titles:
         return heading[0].upper() + heading[1:]
     about = (subtitle[1] if subtitle else "").rstrip(".")
-    title = TITLES.get(path.parent.relative_to(NBS).name or "method", {}).get(path.stem)
-    return f"{number} {title or f'{name.capitalize()}: {about[:1].lower()}{about[1:]}'}"
+    return f"{number} {titles.get(path.stem) or f'{name.capitalize()}: {about[:1].lower()}{about[1:]}'}"
 
 
 def parts() -> dict[str, list[str]]:

@@ -88,13 +88,14 @@ def commands_page() -> str:
     "Every command with its flags, their values and defaults, and what the presets change."
     from deepvideo_r1.cli import COMMANDS
     from deepvideo_r1.config import PRESETS, RunConfig
+    from deepvideo_r1.toy.config import TOY_PRESETS
 
     head = ["Flag", "Values", "Default", "Meaning"]
     parts = ["# Commands: every flag, its values and its default",
              "Written from the parsers themselves. `deepvideo-r1 COMMAND --help` prints the same in a terminal. "
              "[14 Command line](/cli.ipynb) shows each command at work, [01 Config](/config.ipynb) the records behind the flags.",
-             "`train`, `plan` and `evaluate` also take `--config FILE`: values from a TOML, YAML or JSON file. `train` and `plan` "
-             "take `--preset NAME`; flags come after both. `train --dry-run` tries what can fail and trains nothing."]
+             "`train`, `plan`, `evaluate` and `toy` also take `--config FILE`: values from a TOML, YAML or JSON file. `train`, `plan` "
+             "and `toy` take `--preset NAME`; flags come after both. `train --dry-run` tries what can fail and trains nothing."]
     for name, function in COMMANDS.items():
         text = re.sub(r"(?<!\S)--[a-z-]+", r"`\g<0>`", " ".join((function.__doc__ or "").partition("Args:")[0].split()))
         parts += [f"## {name}", text]
@@ -102,11 +103,13 @@ def commands_page() -> str:
             if title not in ("options", "positional arguments"):
                 parts.append(f"### {name}: {title}\n\n{about[:1].upper()}{about[1:]}.")
             parts.append(table(head, rows))
-    parts.append("## Presets\n\nWhat each changes in the defaults of `train`.")
-    default = RunConfig("MODEL", "DATA")
-    for name, preset in PRESETS.items():
-        changes = _changes(preset("MODEL", "DATA"), default)
-        parts.append(f"### {name}\n\n" + table(["Flag", "Value"], [[f"`{flag}`", f"`{value}`"] for flag, value in changes]))
+    parts.append("## Presets\n\nWhat each changes in the defaults of `train`, and for `toy` in its own, which are those of `rare_success`.")
+    default, first = RunConfig("MODEL", "DATA"), TOY_PRESETS["rare_success"]()
+    changes = {name: _changes(preset("MODEL", "DATA"), default) for name, preset in PRESETS.items()}
+    changes |= {f"toy: {name}": _changes(preset(), first) for name, preset in TOY_PRESETS.items() if name != "rare_success"}
+    for name, rows in changes.items():
+        cells = [[f"`{flag}`", f"`{' '.join(map(str, value)) if isinstance(value, tuple) else value}`"] for flag, value in rows]
+        parts.append(f"### {name}\n\n" + table(["Flag", "Value"], cells))
     return "\n\n".join(parts)
 
 

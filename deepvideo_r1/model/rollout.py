@@ -184,7 +184,11 @@ class ReplayEngine:
     def load_weights(self, policy: PolicyModel) -> None:
         "Nothing depends on weights."
 
-    sleep = wake = lambda self: None
+    def sleep(self) -> None:
+        "Nothing is held."
+
+    def wake(self) -> None:
+        "Always ready."
 
 # %% ../../nbs/model/13_rollout.ipynb #9644d65d
 @contextmanager

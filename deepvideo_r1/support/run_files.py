@@ -192,6 +192,8 @@ def starting_values(
     arguments: Sequence[str],  # words of the command line after the command's name
     record: type,  # config record of the command
     presets: Mapping[str, Callable[..., Any]],  # name -> function that returns a record; none: no --preset
+    *,
+    first: str | None = None,  # preset that a file changes where none is named
 ) -> tuple[list[str], Any | None]:  # None without preset and file
     "The words without `--preset` and `--config`, and the record that flags change; raises `ValueError`."
     rest, preset = _take(arguments, "--preset") if presets else (list(arguments), None)
@@ -203,5 +205,6 @@ def starting_values(
 
     # What is required and given nowhere is asked for by the parser of the flags.
     required = [item.name for item in fields(record) if item.default is item.default_factory is NO_DEFAULT]
+    preset = preset or first
     start = presets[preset]() if preset else record(**dict.fromkeys(required, tyro.MISSING))
     return rest, with_settings(start, path) if path else start

@@ -65,5 +65,5 @@ def figure_png(
 class NotebookFigure(Figure):
     "A matplotlib figure that a notebook shows although pyplot does not know of it."
 
-    def _repr_png_(self) -> bytes:
-        return figure_png(self, dpi=80)
+    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:  # the picture, and the width in pixels that it is shown at
+        return figure_png(self, dpi=160), {"width": round(80 * self.get_figwidth())}

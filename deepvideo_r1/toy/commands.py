@@ -14,14 +14,15 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from ..support.progress import Bars
-from .config import MapConfig, ToyConfig, WorldConfig
+from .config import MapConfig, ToyConfig, WorldConfig, rare_success
 from .table import toy_table
 
 # %% ../../nbs/toy/15_commands.ipynb #b6ad13cb
-def toy(config: Annotated[ToyConfig, tyro.conf.arg(name="")] = ToyConfig()) -> None:
+def toy(config: Annotated[ToyConfig, tyro.conf.arg(name="")] = rare_success()) -> None:
     """Train and compare the toy's arms: world, cold start, RL, evaluation, report.
 
-    After an interrupt, the same command continues.
+    After an interrupt, the same command continues. --preset frequent_success starts from the
+    values of the regime in which the cold start is often right, in place of rare_success.
     """
     from deepvideo_r1.toy.study import run_toy
 
