@@ -28,7 +28,7 @@ LEARN = ["05_advantage", "06_grpo", "07_reg_grpo", "07a_sigma_floor", "09_diffic
 # Sections of nbs/index.ipynb that are pages of their own here, or stand elsewhere (None). The rest is the landing page.
 SECTIONS = {
     "Words": "about/words", "Installing": "about/installing", "Ten lines of Python": "about/python",
-    "What the toy shows": "about/results", "What a step costs": "about/costs", "Train on your own videos": "train/commands",
+    "What the toy shows": "about/results", "What a step costs": "about/costs", "Commands for your own videos": "train/commands",
     "From the paper to the code": "reference/paper", "Tested versions": "reference/versions", "The map": None,
     "Contributing": None,
 }

@@ -94,7 +94,13 @@ def asked(monkeypatch) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def site(tmp_path_factory) -> Path:
+def site(built_site) -> Path:
+    "The built site; a test file may look at another one."
+    return built_site
+
+
+@pytest.fixture(scope="session")
+def built_site(tmp_path_factory) -> Path:
     "The built site, beside the `pages` that Sphinx made it from; the workers of one session share it."
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "built"

@@ -4,8 +4,6 @@
 """
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -38,15 +36,9 @@ RAW = """[...document.querySelectorAll(".math")].filter((one) => !one.closest("m
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
+def site(request):
     "The folder of the built site."
-    if "SITE" in os.environ:
-        return (ROOT / os.environ["SITE"]).resolve()
-    pages, site = (tmp_path_factory.mktemp("site") / name for name in ("pages", "html"))
-    for command in (["docs/build.py", pages], ["-m", "sphinx", "-q", "-b", "html", "-c", "docs", pages, site]):
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stdout + done.stderr
-    return site
+    return (ROOT / os.environ["SITE"]).resolve() if "SITE" in os.environ else request.getfixturevalue("built_site")
 
 
 @pytest.fixture(scope="module")

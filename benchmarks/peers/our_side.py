@@ -26,13 +26,18 @@ QUESTION = "what colour is the ball ?"
 
 
 class Handed(Trainer):
-    "Our trainer, which can be handed groups: their prompts instead of its own, and an engine that plays back the responses."
+    "Our trainer, which can be handed groups: their prompts, an engine that plays back the responses, and their rewards."
     given: list[Rollout] | None = None
 
     def hand(self, groups: list[Rollout] | None) -> None:
         "The next step is about these groups, in the order of its questions; None: about its own again."
         self.given, self.places = groups, {}
         self.sampler = None if groups is None else ReplayEngine(lambda prompt, key: answers(self.group_of(key[-1])))
+
+    def roll_out(self, *args: Any, **options: Any) -> list[Rollout]:
+        groups = super().roll_out(*args, **options)
+        given = lambda group: replace(group, rewards=self.group_of(group.sample.id).rewards)
+        return groups if self.given is None else list(map(given, groups))
 
     def group_of(self, name: str) -> Rollout:
         return self.given[self.places.setdefault(name, len(self.places))]

@@ -177,7 +177,9 @@ class ReplayEngine:
     ):
         self.find = find
 
-    def sample(self, prompts: Sequence[Prompt], keys: Sequence[tuple[int | str, ...]], *_, **settings) -> list[Responses]:
+    def sample(
+        self, prompts: Sequence[Prompt], keys: Sequence[tuple[int | str, ...]], *_, **settings
+    ) -> list[Responses]:
         "The stored groups; the settings of the draws change nothing."
         return [self.find(prompt, key) for prompt, key in zip(prompts, keys, strict=True)]
 

@@ -30,11 +30,13 @@ class Theme:
 
 LIGHT = Theme(
     paper="#ffffff", ink="#1b2330", label="#59636f", grid="#e4e8ec",
-    arms=dict(grpo="#ee9a1f", grpo_da="#b23c00", reg_grpo="#53a9e6", reg_grpo_da="#0b4f91"),
+    arms=dict(grpo="#ee9a1f", grpo_hint="#d6336c", grpo_da="#b23c00",
+              reg_grpo="#53a9e6", reg_grpo_hint="#119a8e", reg_grpo_da="#0b4f91"),
     terciles=dict(all="#1b2330", low="#86cfae", mid="#329a73", high="#0a4d35"))
 DARK = Theme(
     paper="#161b22", ink="#eef1f5", label="#a3adb9", grid="#2b323c",
-    arms=dict(grpo="#ffc468", grpo_da="#f4743b", reg_grpo="#a5d8ff", reg_grpo_da="#4193ea"),
+    arms=dict(grpo="#ffc468", grpo_hint="#ff8fb0", grpo_da="#f4743b",
+              reg_grpo="#a5d8ff", reg_grpo_hint="#5ed6c8", reg_grpo_da="#4193ea"),
     terciles=dict(all="#eef1f5", low="#b5f0d6", mid="#4fc293", high="#23865f"))
 
 # %% ../../nbs/support/04_theme.ipynb #2502b3b3

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .runs import ARM_NAMES, LEVELS
+from .runs import LEVELS, TABLE_4_ARMS
 from deepvideo_r1.toy.world import (
     COLOURS, ENVIRONMENTS, PLACES, as_response, draw_story, make_row, reasoning, render, write_video,
 )
@@ -107,7 +107,7 @@ def _made_up_examples(rng: np.random.Generator, directory: Path, arms: Sequence[
 def write_made_up_run(
     directory: str | Path,  # where to write; made when missing
     *,
-    arms: Sequence[str] = tuple(ARM_NAMES),  # names of the arms
+    arms: Sequence[str] = TABLE_4_ARMS,  # names of the arms
     seeds: Sequence[int] = (0, 1, 2),  # seeds of each arm
     steps: int = 60,  # rows of metrics
     extras: bool = True,  # write knobs.json and examples.json as well
