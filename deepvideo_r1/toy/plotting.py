@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['KNOBS', 'FIGURES', 'smooth', 'plot_learning', 'plot_vanishing', 'plot_accuracy', 'plot_knobs', 'plot_kl',
-           'plot_examples', 'save_figures']
+           'plot_examples', 'save_figures', 'plot_forest']
 
 # %% ../../nbs/toy/06_plotting.ipynb #cb272d30
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from ..evaluation.intervals import Estimate
 from ..support.theme import LIGHT, NotebookFigure, Theme, figure_png
 from deepvideo_r1.toy.runs import (
     ARM_NAMES, LEVELS, arm_order, example_strip, is_right, read_curves, read_json, read_results, stack_metric,
@@ -293,3 +294,24 @@ def save_figures(
             paths.append(run_dir / "figures" / f"{name}.png")
             paths[-1].write_bytes(figure_png(plot(run_dir, theme=theme)))
     return paths
+
+# %% ../../nbs/toy/06_plotting.ipynb #2c240aa2
+def plot_forest(
+    estimates: Mapping[str, Estimate],  # label -> difference of shares
+    *,
+    title: str = "",  # above the axis
+) -> Figure:
+    "Differences in points with their intervals, one below the other; grey where the interval holds 0."
+    figure = NotebookFigure(figsize=(7.5, 0.9 + 0.34 * len(estimates)), dpi=110, layout="constrained")
+    axis = figure.subplots()
+    for place, estimate in enumerate(estimates.values()):
+        color = {1: "tab:blue", -1: "tab:red", 0: "0.55"}[estimate.sign]
+        if estimate.low is not None:
+            axis.plot([100 * estimate.low, 100 * estimate.high], [place, place], color=color, lw=2)
+        axis.plot(100 * estimate.mean, place, "o", color=color)
+    axis.axvline(0, color="0.3", lw=0.8)
+    axis.set_yticks(range(len(estimates)), labels=list(estimates))
+    axis.set(xlabel="difference in points", title=title)
+    axis.set_ylim(len(estimates) - 0.4, -0.6)
+    axis.grid(axis="x", alpha=0.3)
+    return figure
