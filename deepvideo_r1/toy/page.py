@@ -124,6 +124,8 @@ is the mean over seeds.{% endif %} DA is difficulty-aware augmentation.</small><
 {% endfor %}<p class="quiet">The rules do not depend on the numbers. Differences are in percentage points. Brackets
 hold 95% intervals: over questions for a gain, over seeds for a difference between arms. Yes and no need an interval
 that excludes the other answer; the rest is open. No interval is widened for making several comparisons.</p>
+<h2>Where augmentation pays, and where it does not</h2><section class="card">
+{{ table(regimes_header, regimes) }}<small class="note">{{ regimes_note }}</small></section>
 <h2>The cold start</h2><p>{{ cold_start }}</p>
 <h2>Accuracy, in percent</h2><div class="two"><section class="card long"><h3>This run</h3>{{ accuracy(accuracy_rows) }}
 <small class="note">Sampled, with the 95% interval over questions{% if several %} of each seed{% endif %}.</small>
