@@ -151,7 +151,7 @@ REGIMES = (
     ("hints alone, with Reg-GRPO", "+0.3 (\u22121.8\u00a0to\u00a0+2.3)", "\u22120.3 (\u22122.0\u00a0to\u00a0+1.4)"),
     ("Reg-GRPO against GRPO", "+10.8 (+8.2\u00a0to\u00a0+13.4)", "+2.4 (+1.6\u00a0to\u00a0+3.1)"),
 )
-REGIMES_NOTE = ("Recorded runs of the toy, not this one. Rare: the cold start is right in about one of eight samples "
+REGIMES_NOTE = ("Recorded runs of the toy, not this one. Rare: the cold start is right in about one of seven samples "
                 "(--preset rare_success), the 95% interval is over four cold starts of five seeds each. Frequent: in "
                 "about four of ten (--preset frequent_success), over ten pairs of runs from two cold starts.")
 
