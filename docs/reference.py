@@ -227,7 +227,8 @@ def report_page(out: Path) -> str:
     return "\n\n".join([
         "# A finished report of the toy study",
         "`make toy` ends with one HTML file that holds verdicts, tables and figures, and loads nothing else. This is the report of "
-        "three seeds of each arm, made from the run that is recorded in the repository, without examples of responses.",
+        "`deepvideo-r1 toy --preset frequent_success` with three seeds of each arm, made from the run that is recorded in the "
+        "repository, without examples of responses.",
         '<p><a href="../toy_report.html">Open the report</a></p>',
         "[09 Report](/toy/report.ipynb) says how it is made, and [07 Verdicts](/toy/verdicts.ipynb) by which rules it judges."])
 
