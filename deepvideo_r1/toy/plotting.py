@@ -47,7 +47,8 @@ def _name_axes(ax: Axes, theme: Theme, title: str = "", x: str = "", y: str = ""
 def _legend(figure: Figure, theme: Theme, source: Axes) -> None:
     "One legend above all panels, in the order of drawing."
     handles, labels = source.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False, fontsize=9,
+    columns = len(labels) if len(labels) < 6 else 4  # more than five would not fit into one row
+    figure.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False, fontsize=9,
                   labelcolor=theme.ink, borderpad=0.3, borderaxespad=0.3, handlelength=1.6, handletextpad=0.5,
                   columnspacing=1.1)
 
