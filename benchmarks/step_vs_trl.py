@@ -28,7 +28,7 @@ from deepvideo_r1.model.packing import LogpHead
 from deepvideo_r1.model.batch import PolicyBatch
 from deepvideo_r1.model.policy import PolicyModel, group_logps
 from deepvideo_r1.model.processor import load_processor, write_tiny_processor
-from deepvideo_r1.model.rollout import ReplayEngine, Responses
+from deepvideo_r1.model.rollout import ReplayEngine
 from deepvideo_r1.trainer import Trainer
 
 LEARNING_RATE, KL, CLIP, BETAS, MAX_NORM = 1e-5, 0.04, 0.2, (0.9, 0.99), 1.0
@@ -91,8 +91,7 @@ def score(group: Rollout) -> Rollout:
 
 def replay(groups: list[Rollout]) -> ReplayEngine:
     "An engine that writes these responses to these prompts."
-    stored = {tuple(group.prompt.prompt_ids.tolist()): Responses(group.completion_ids, group.completion_mask, group.sampled_logps)
-              for group in groups}
+    stored = {tuple(group.prompt.prompt_ids.tolist()): group for group in groups}
     return ReplayEngine(lambda prompt, key: stored[tuple(prompt.prompt_ids.tolist())])
 
 

@@ -19,7 +19,7 @@ from deepvideo_r1.data.clip_cache import visuals_loader
 from deepvideo_r1.model.asking import prompt_for
 from deepvideo_r1.model.policy import PolicyModel, group_logps, load_policy
 from deepvideo_r1.model.processor import load_processor
-from deepvideo_r1.model.rollout import ReplayEngine, Responses
+from deepvideo_r1.model.rollout import ReplayEngine
 from deepvideo_r1.trainer import Trainer
 
 QUESTION = "what colour is the ball ?"
@@ -32,7 +32,7 @@ class Handed(Trainer):
     def hand(self, groups: list[Rollout] | None) -> None:
         "The next step is about these groups, in the order of its questions; None: about its own again."
         self.given, self.places = groups, {}
-        self.sampler = None if groups is None else ReplayEngine(lambda prompt, key: answers(self.group_of(key[-1])))
+        self.sampler = None if groups is None else ReplayEngine(lambda prompt, key: self.group_of(key[-1]))
 
     def roll_out(self, *args: Any, **options: Any) -> list[Rollout]:
         groups = super().roll_out(*args, **options)
@@ -44,10 +44,6 @@ class Handed(Trainer):
 
     def ask(self, sample: Sample, visuals: list, **changes: Any) -> Prompt:
         return super().ask(sample, visuals, **changes) if self.given is None else self.group_of(sample.id).prompt
-
-
-def answers(group: Rollout) -> Responses:
-    return Responses(group.completion_ids, group.completion_mask, group.sampled_logps)
 
 
 @contextmanager

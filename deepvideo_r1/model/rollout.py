@@ -173,7 +173,7 @@ class ReplayEngine:
 
     def __init__(
         self,
-        find: Callable[[Prompt, tuple[int | str, ...]], Responses],  # the group of a prompt and its key
+        find: Callable[[Prompt, tuple[int | str, ...]], Rollout],  # the group of a prompt and its key
     ):
         self.find = find
 
@@ -181,7 +181,8 @@ class ReplayEngine:
         self, prompts: Sequence[Prompt], keys: Sequence[tuple[int | str, ...]], *_, **settings
     ) -> list[Responses]:
         "The stored groups; the settings of the draws change nothing."
-        return [self.find(prompt, key) for prompt, key in zip(prompts, keys, strict=True)]
+        found = [self.find(prompt, key) for prompt, key in zip(prompts, keys, strict=True)]
+        return [Responses(group.completion_ids, group.completion_mask, group.sampled_logps) for group in found]
 
     def load_weights(self, policy: PolicyModel) -> None:
         "Nothing depends on weights."
