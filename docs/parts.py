@@ -23,8 +23,8 @@ WINGS = {  # folder of `nbs/` -> what it holds
     "howto": ("How to", "one task on each page"),
     "support": ("Support", "whole files, interrupts, checkpoints, run files, progress, colours, glossaries"),
 }
-LEARN = ["05_advantage", "06_grpo", "07_reg_grpo", "07a_sigma_floor", "09_difficulty", "11_augment", "12_trainer", "toy/11_effects", "toy/13_claims",
-         "toy/16_paper_tables", "04_reward", "08_baselines", "10_hints", "toy/01_world", "00_core"]
+LEARN = ["05_advantage", "06_grpo", "07_reg_grpo", "07a_sigma_floor", "09_difficulty", "11_augment", "12_trainer", "toy/11_effects",
+         "toy/13_claims", "toy/16_paper_tables", "04_reward", "08_baselines", "10_hints", "toy/01_world", "00_core"]
 # Sections of nbs/index.ipynb that are pages of their own here, or stand elsewhere (None). The rest is the landing page.
 SECTIONS = {
     "Words": "about/words", "Installing": "about/installing", "Ten lines of Python": "about/python",

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CURVES', 'AXES', 'pack_runs', 'read_runs', 'trailing_mean', 'equal_steps', 'differences', 'paired',
-           'over_cold_starts']
+           'over_cold_starts', 'compared']
 
 # %% ../../nbs/toy/11_effects.ipynb #58251fe2
 import json
@@ -150,3 +150,15 @@ def over_cold_starts(
     """
     found = differences(runs, base, other, metric, **options)
     return over_clusters(found, floor=(0.5 / n_answers / sum(map(len, found.values()))) ** 0.5)
+
+
+def compared(
+    runs: Sequence[dict[str, Any]],  # packed runs
+    base: str,  # arm that is subtracted
+    other: str,  # arm that it is subtracted from
+    metric: str,  # as in `differences`
+    **options: Any,  # axis and window, as in `differences`
+) -> Estimate:  # n: cold starts or pairs
+    "`over_cold_starts` where four cold starts or more have pairs, and `paired` where fewer have."
+    n_cold_starts = len(differences(runs, base, other, metric, **options))
+    return (over_cold_starts if n_cold_starts >= 4 else paired)(runs, base, other, metric, **options)

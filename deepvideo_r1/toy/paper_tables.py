@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..evaluation.intervals import Estimate
-from .effects import over_cold_starts, paired
-from .runs import LEVELS
+from .effects import compared, paired
+from .report import PAPER_TABLE_4
+from .runs import LEVELS, TABLE_4_ARMS
 
 # %% ../../nbs/toy/16_paper_tables.ipynb #d8ae8263
 class PaperRow(NamedTuple):
@@ -21,12 +22,12 @@ class PaperRow(NamedTuple):
     arm: str | None  # None: the policy before training
 
 
-_GRPO, _REG = (39.6, 41.0, 35.4), (44.2, 44.2, 39.5)
-_ALONE, _WHOLE = (44.2, 44.2, 36.3), (48.1, 51.1, 44.0)
+_TABLE_4 = tuple(PaperRow(name, tuple(levels), arm)
+                 for (name, *levels), arm in zip(PAPER_TABLE_4, (None, *TABLE_4_ARMS), strict=True))
+_, _GRPO, _, _REG, _WHOLE = (row.paper for row in _TABLE_4)
+_ALONE = (44.2, 44.2, 36.3)  # Reg-GRPO as Tables 7 and 8 have it
 PAPER_TABLES: dict[int, tuple[PaperRow, ...]] = {  # number of a table -> its rows
-    4: (PaperRow("base", (31.3, 32.7, 27.0), None), PaperRow("GRPO", _GRPO, "grpo"),
-        PaperRow("GRPO + DA", (41.7, 42.5, 36.6), "grpo_da"), PaperRow("Reg-GRPO", _REG, "reg_grpo"),
-        PaperRow("Reg-GRPO + DA", _WHOLE, "reg_grpo_da")),
+    4: _TABLE_4,
     5: (PaperRow("GRPO", _GRPO, "grpo"), PaperRow("DPO", (35.8, 35.2, 30.8), "dpo"),
         PaperRow("online DPO", (37.1, 38.1, 31.9), "online_dpo"),
         PaperRow("REINFORCE", (37.0, 39.5, 32.3), "reinforce"), PaperRow("RLOO", (35.0, 37.4, 31.3), "rloo"),
@@ -45,7 +46,7 @@ def beside_paper(
     rows: Sequence[PaperRow],  # rows of a table, from `PAPER_TABLES`
     runs: Sequence[dict[str, Any]],  # packed runs
     start: Mapping[str, float] | None = None,  # level -> accuracy of the policy before training, in shares
-) -> list[dict[str, Any]]:  # name, paper, ours (three shares or None), n (runs), above (`Estimate` or None), of (pairs)
+) -> list[dict[str, Any]]:  # name, paper, ours (three shares or None), n (runs), above (`Estimate` or None), pairs
     "Every row with our accuracies and its difference on L1 to the first arm that has runs; None where there are none."
     found, first = [], None
     for row in rows:
@@ -57,11 +58,9 @@ def beside_paper(
         if mine and first is None:
             first = row.arm
         elif mine:
-            pairs = paired(runs, first, row.arm, "L1")
-            enough = len({run["cold_start"] for run in mine}) >= 4
-            above = over_cold_starts(runs, first, row.arm, "L1") if enough else pairs
+            above = compared(runs, first, row.arm, "L1")
         found.append({"name": row.name, "paper": row.paper, "ours": ours, "n": len(mine), "above": above,
-                      "pairs": pairs.n if above is not None else 0})
+                      "pairs": paired(runs, first, row.arm, "L1").n if above is not None else 0})
     return found
 
 
