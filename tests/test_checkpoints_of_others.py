@@ -420,7 +420,7 @@ def test_an_unknown_name_is_asked_for_once(monkeypatch):
     started = time.perf_counter()
     with pytest.raises(ValueError, match="the hub cannot be asked .no network here.; correct the name"):
         load_policy("runs/modle")
-    assert asked == [("runs/modle", 10)] and time.perf_counter() - started < 2
+    assert asked == [("runs/modle", 10)] and time.perf_counter() - started < 9
 
 
 def test_a_close_name_is_proposed(tmp_path, tiny_model):

