@@ -30,6 +30,7 @@ class WorldConfig:
     min_contrast: float = 0.05  # lowest contrast of a video
     misread_strength: float = 0.7  # weak annotator: chance of misreading at the lowest contrast
     misread_power: float = 2.0  # weak annotator: how fast that chance falls with rising contrast
+    slip_probability: float = 0.0  # weak annotator: chance in each second that the running value is off by one
     show_answer_share: float = 0.1  # share of annotated rows whose prompt shows the answer
     seed: int = 0  # seed of positions, contrasts, questions and noise
 
@@ -37,9 +38,10 @@ class WorldConfig:
         check_fields(self, at_least_1=("sft_videos", "rl_videos", "eval_videos"), at_least_0=("misread_power",))
         if not 2 <= self.n_steps <= 9:
             raise ValueError(f"n_steps must be 2 to 9, got {self.n_steps}")
-        if not 0 < self.min_contrast < 1 or not 0 <= self.misread_strength <= 1:
-            raise ValueError(f"min_contrast must lie in (0, 1) and misread_strength in [0, 1], "
-                             f"got {self.min_contrast} and {self.misread_strength}")
+        chances = (self.misread_strength, self.slip_probability)
+        if not 0 < self.min_contrast < 1 or not all(0 <= chance <= 1 for chance in chances):
+            raise ValueError(f"min_contrast must lie in (0, 1), misread_strength and slip_probability in [0, 1], "
+                             f"got {self.min_contrast}, {chances[0]} and {chances[1]}")
 
 # %% ../../nbs/toy/00_config.ipynb #b600dceb
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'PLACES', 'POINTS', 'ENVIRONMENTS', 'QUESTIONS', 'WORLD_SPLITS', 'Story', 'Environment', 'render',
-           'draw_story', 'write_video', 'reasoning', 'as_response', 'misread_probability', 'misread', 'make_row',
-           'annotate', 'make_world', 'world_texts']
+           'draw_story', 'write_video', 'reasoning', 'as_response', 'misread_probability', 'misread', 'slip',
+           'make_row', 'annotate', 'make_world', 'world_texts']
 
 # %% ../../nbs/toy/01_world.ipynb #a52b6d6b
 import json
@@ -137,11 +137,13 @@ def reasoning(
     task: str,  # a key of `QUESTIONS`
     target: str,  # the colour or place asked about; not used by "points"
     seen: tuple[str, ...],  # the colour (for "place": the place) read in each second
+    slips: tuple[int, ...] = (),  # what the running value is off by in each second, and stays off by; (): nothing
 ) -> tuple[str, str]:  # the trace, one line for each second, and the answer
     "The chain of steps that leads from what was seen to the answer; raises `ValueError` for an unknown task."
     if task not in QUESTIONS:
         raise ValueError(f"task is {task!r}, allowed are {', '.join(QUESTIONS)}")
     lines, total, first, value = [], 0, None, "none"
+    most = len(seen) * (max(POINTS.values()) if task == "points" else 1)  # that any video can have
     for i, percept in enumerate(seen):
         if task == "when":
             if percept == target:
@@ -149,6 +151,7 @@ def reasoning(
                 value = f"{first}-{i + 1}"
         else:
             total += POINTS[percept] if task == "points" else percept == target
+            total = min(most, max(0, total + (slips[i] if slips else 0)))
             value = str(total)
         lines.append(f"t{i + 1} {percept} {value}")
     return "\n".join(lines), value
@@ -182,6 +185,18 @@ def misread(
     wrong = rng.random(len(seen)) < probability
     return tuple([v for v in values if v != s][rng.integers(len(values) - 1)] if w else s for s, w in zip(seen, wrong))
 
+
+def slip(
+    n_steps: int,  # seconds of video
+    probability: float,  # chance of a slip in each second
+    rng: np.random.Generator,  # source of randomness
+) -> tuple[int, ...]:  # -1, 0 or 1 for each second
+    "What a careless annotator's running value is off by."
+    if probability == 0:  # nothing is drawn, so that a world without slips stays as it was
+        return (0,) * n_steps
+    wrong, signs = rng.random(n_steps) < probability, rng.integers(0, 2, n_steps)
+    return tuple(int(2 * sign - 1) if w else 0 for w, sign in zip(wrong, signs))
+
 # %% ../../nbs/toy/01_world.ipynb #53afc16f
 def make_row(
     name: str,  # name of the video, without extension
@@ -214,7 +229,9 @@ def annotate(
     seen, values = (story.places, PLACES) if task == "place" else (story.colours, tuple(COLOURS))
     show = bool(rng.random() < config.show_answer_share)
     chance = misread_probability(story.contrast, strength=config.misread_strength, power=config.misread_power)
-    trace, answer = reasoning(task, target, seen if show else misread(seen, values, chance, rng))
+    read = seen if show else misread(seen, values, chance, rng)
+    slips = () if show or task == "when" else slip(len(seen), config.slip_probability, rng)
+    trace, answer = reasoning(task, target, read, slips)
     return {**row, "response": as_response(trace, answer), "show_answer": show}
 
 # %% ../../nbs/toy/01_world.ipynb #c6b19ebd
