@@ -23,6 +23,7 @@ class Verdict:
     sentence: str  # the reason for the answer
     header: tuple[str, ...]  # names of the columns
     rows: tuple[tuple[str, ...], ...]  # cells, one row for each arm or pair of arms
+    deciding: tuple[tuple[str, Estimate], ...] = ()  # pair of arms -> the difference that gives its answer
 
     def __str__(self) -> str:
         table = [self.header, *self.rows]
@@ -85,7 +86,7 @@ def compare_arms(
 ) -> Verdict | None:
     "The differences of other and base over common seeds, or None when no pair has a seed in common."
     runs = {(arm["arm"], arm["seed"]): arm for arm in results["arms"]}
-    answers, rows, most_seeds = {}, [], 0
+    answers, rows, deciding, most_seeds = {}, [], [], 0
     for base, other in pairs:
         seeds = [seed for arm, seed in runs if arm == base and (other, seed) in runs]
         if not seeds:
@@ -99,6 +100,7 @@ def compare_arms(
         # The first number gives the answer, all of them a row.
         pair = f"{ARM_NAMES.get(other, other)} against {ARM_NAMES.get(base, base)}"
         answers[pair] = {0: "open", wanted: "yes", -wanted: "no"}[estimates[0].sign]
+        deciding.append((pair, estimates[0]))
         rows.append((pair, *map(str, estimates), f"\u00d7\u00a0{other_sampled / base_sampled:.2f}"))
         most_seeds = max(most_seeds, len(seeds))
     if not rows:
@@ -106,7 +108,7 @@ def compare_arms(
 
     header = ("difference in points", *numbers, "responses")
     sentence = _reason(answers, most_seeds, deciding=next(iter(numbers)))
-    return Verdict(question, combine(list(answers.values())), sentence, header, tuple(rows))
+    return Verdict(question, combine(list(answers.values())), sentence, header, tuple(rows), tuple(deciding))
 
 # %% ../../nbs/toy/07_verdicts.ipynb #ab52112b
 # objectives compared on the same prompts
