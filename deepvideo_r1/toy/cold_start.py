@@ -43,8 +43,8 @@ class SftExamples:
     targets: list[Tensor]  # N responses (T,), the end-of-turn token included
     perception_ids: Tensor  # ids of the words that name a colour or a place
     videos: list[Prompt]  # one prompt for each video
-    colours: Tensor  # (videos, seconds) index of the colour
-    places: Tensor  # (videos, seconds) index of the place
+    colours: list[Tensor]  # for each video (seconds,), index of the colour
+    places: list[Tensor]  # for each video (seconds,), index of the place
 
 
 def load_examples(
@@ -76,8 +76,8 @@ def load_examples(
     names = list(COLOURS)
     perception = {tokenizer(f" {word}")["input_ids"][0] for word in (*COLOURS, *PLACES)}
     return SftExamples(prompts, targets, torch.tensor(sorted(perception)), [v["prompt"] for v in videos.values()],
-                       torch.tensor([[names.index(word) for word in v["colours"]] for v in videos.values()]),
-                       torch.tensor([[PLACES.index(word) for word in v["places"]] for v in videos.values()]))
+                       [torch.tensor([names.index(word) for word in v["colours"]]) for v in videos.values()],
+                       [torch.tensor([PLACES.index(word) for word in v["places"]]) for v in videos.values()])
 
 # %% ../../nbs/toy/02_cold_start.ipynb #af6f5638
 def vision_loss(
@@ -90,8 +90,8 @@ def vision_loss(
     chosen = [examples.videos[i] for i in index]
     features = policy.encode(torch.cat([p.patches for p in chosen]), torch.cat([p.grid_thw for p in chosen]))
     colour, place = probe(features[:, : probe.in_features]).split(4, dim=-1)  # the first features, without DeepStack's
-    return (F.cross_entropy(colour, examples.colours[index].flatten())
-            + F.cross_entropy(place, examples.places[index].flatten()))
+    colours, places = (torch.cat([seen[i] for i in index]) for seen in (examples.colours, examples.places))
+    return F.cross_entropy(colour, colours) + F.cross_entropy(place, places)
 
 
 def sft_loss(

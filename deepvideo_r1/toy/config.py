@@ -27,6 +27,7 @@ class WorldConfig:
     rl_videos: int = 400  # videos for reinforcement learning, two questions each
     eval_videos: int = 150  # videos for each evaluation split, two questions each
     n_steps: int = 6  # seconds of video, 2 to 9
+    min_steps: int = 0  # seconds of the shortest video; lengths up to n_steps are equally likely. 0: all have n_steps
     min_contrast: float = 0.05  # lowest contrast of a video
     misread_strength: float = 0.7  # weak annotator: chance of misreading at the lowest contrast
     misread_power: float = 2.0  # weak annotator: how fast that chance falls with rising contrast
@@ -38,6 +39,8 @@ class WorldConfig:
         check_fields(self, at_least_1=("sft_videos", "rl_videos", "eval_videos"), at_least_0=("misread_power",))
         if not 2 <= self.n_steps <= 9:
             raise ValueError(f"n_steps must be 2 to 9, got {self.n_steps}")
+        if self.min_steps and not 2 <= self.min_steps <= self.n_steps:
+            raise ValueError(f"min_steps must be 0, or 2 to n_steps ({self.n_steps}), got {self.min_steps}")
         chances = (self.misread_strength, self.slip_probability)
         if not 0 < self.min_contrast < 1 or not all(0 <= chance <= 1 for chance in chances):
             raise ValueError(f"min_contrast must lie in (0, 1), misread_strength and slip_probability in [0, 1], "

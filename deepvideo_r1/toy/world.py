@@ -287,7 +287,8 @@ def _write_world(directory: Path, config: WorldConfig, on_progress: Callable[[in
     with stop_flag() as asked:
         for i, (name, environment, unbroken) in enumerate(plan):
             rng = np.random.default_rng([config.seed, i])
-            story, colour, place = draw_story(rng, n_steps=config.n_steps, contrast=(config.min_contrast, 1.0),
+            n_steps = int(rng.integers(config.min_steps, config.n_steps + 1)) if config.min_steps else config.n_steps
+            story, colour, place = draw_story(rng, n_steps=n_steps, contrast=(config.min_contrast, 1.0),
                                               unbroken=unbroken)
             frames = render(story, ENVIRONMENTS[environment], rng)
             if not (path := videos / f"{name}.mp4").exists():
