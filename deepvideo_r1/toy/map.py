@@ -14,6 +14,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ..evaluation.intervals import holm, p_value
 from ..support.files import read_json_file, write_whole
 from ..support.locks import directory_lock
 from ..support.run_directory import open_run
@@ -73,17 +74,28 @@ def _cell_runs(out: Path, cell: str) -> list[dict[str, Any]]:
 def map_rows(
     runs: Sequence[dict[str, Any]],  # packed runs, each with its cell
     arms: Sequence[str],  # arms of the studies
-) -> list[dict[str, Any]]:  # cell, base, other, measure, mean, low, high, n (cold starts), pairs, settled (-1, 0 or 1)
-    "Every comparison in every cell, with the cold start as a random effect."
+) -> list[dict[str, Any]]:  # see below; shares, not points
+    """Every comparison in every cell, with the cold start as a random effect.
+
+    Each row has `cell`, `base`, `other`, `measure`, `start` (share right in the first step, over the cell's runs),
+    `mean`, `low`, `high`, `n` (cold starts), `pairs`, `sign` (side of 0 on which the interval lies; 0 where it holds 0),
+    `p` (after Holm's correction over all rows of the measure) and `settled` (`sign` where `p` is below 5 %, else 0).
+    """
     rows = []
-    for cell in dict.fromkeys(run["cell"] for run in runs):
-        mine = [run for run in runs if run["cell"] == cell]
-        for base, other in comparisons(arms):
-            for name, options in MEASURES.items():
-                estimate, pairs = over_cold_starts(mine, base, other, **options), paired(mine, base, other, **options)
-                rows.append({"cell": cell, "base": base, "other": other, "measure": name, "mean": estimate.mean,
-                             "low": estimate.low, "high": estimate.high, "n": estimate.n, "pairs": pairs.n,
-                             "settled": estimate.sign})
+    for name, options in MEASURES.items():
+        found = []
+        for cell in dict.fromkeys(run["cell"] for run in runs):
+            mine = [run for run in runs if run["cell"] == cell]
+            start = sum(run["curves"]["reward_accuracy"][0] for run in mine) / len(mine)
+            for base, other in comparisons(arms):
+                pairs = paired(mine, base, other, **options).n
+                place = {"cell": cell, "base": base, "other": other, "measure": name, "start": start, "pairs": pairs}
+                found.append((place, over_cold_starts(mine, base, other, **options)))
+
+        # corrected for all that the measure is asked for
+        for (place, estimate), p in zip(found, holm([p_value(estimate) for _, estimate in found])):
+            rows.append(place | {"mean": estimate.mean, "low": estimate.low, "high": estimate.high, "n": estimate.n,
+                                 "sign": estimate.sign, "p": p, "settled": estimate.sign if p < 0.05 else 0})
     return rows
 
 
@@ -138,7 +150,7 @@ def plot_map(
     pairs = list(dict.fromkeys((row["base"], row["other"]) for row in mine))
 
     # a coloured square for each difference, with its value and the dot
-    figure = NotebookFigure(figsize=(2.4 + 0.9 * len(pairs), 2.2 + 0.45 * len(cells)), dpi=110, layout="constrained")
+    figure = NotebookFigure(figsize=(3.2 + 0.9 * len(pairs), 2.0 + 0.62 * len(cells)), dpi=110, layout="constrained")
     axis = figure.subplots()
     by_place = {(row["cell"], (row["base"], row["other"])): row for row in mine}
     values = [[100 * by_place[cell, pair]["mean"] for pair in pairs] for cell in cells]
@@ -146,13 +158,16 @@ def plot_map(
     picture = axis.imshow(values, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
     for y, cell in enumerate(cells):
         for x, pair in enumerate(pairs):
-            mark = "\u25cf" if by_place[cell, pair]["settled"] else ""
+            row = by_place[cell, pair]
+            mark = "\u25cf" if row["settled"] else "\u25cb" if row["sign"] else ""
             axis.text(x, y, f"{values[y][x]:+.1f}{mark}", ha="center", va="center", fontsize=9,
                       color="white" if abs(values[y][x]) > 0.7 * limit else "black")
 
     # what the rows, the columns and the colours are
     axis.set_xticks(range(len(pairs)), labels=[f"{other}\n- {base}" for base, other in pairs], rotation=35, ha="right")
-    axis.set_yticks(range(len(cells)), labels=[cell.replace(" ", "\n") or "the toy" for cell in cells])
-    axis.set_title(f"{measure}, points; dot: settled")
+    starts = {row["cell"]: row["start"] for row in mine}
+    names = [f"{cell.replace(' ', chr(10)) or 'the toy'}\n{100 * starts[cell]:.0f} % right at first" for cell in cells]
+    axis.set_yticks(range(len(cells)), labels=names)
+    axis.set_title(f"{measure}, points")
     figure.colorbar(picture, ax=axis)
     return figure
