@@ -1,0 +1,45 @@
+"""What the how-to pages share: a line of the terminal that runs in this process, and a tiny model with a small world."""
+import contextlib
+import io
+import os
+import shlex
+import shutil
+import tempfile
+from pathlib import Path
+from unittest.mock import patch
+
+from deepvideo_r1.cli import main
+from deepvideo_r1.support.progress import quiet
+from deepvideo_r1.toy.cold_start import cold_start
+from deepvideo_r1.toy.config import ColdStartConfig, ToyConfig, WorldConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(command: str, code: int = 0, last: int = 0) -> None:
+    "Runs a line of the terminal here, shows its (last) lines, and checks how it ends."
+    plain = patch("rich.console._is_jupyter", lambda: False)
+    with io.StringIO() as page, plain, patch.dict(os.environ, COLUMNS="96", FORCE_COLOR=""):
+        with contextlib.redirect_stdout(page), contextlib.redirect_stderr(page):
+            try:
+                ended = main(shlex.split(command)[1:])
+            except SystemExit as stop:  # the parser's own page
+                ended = stop.code
+        text = page.getvalue().replace(f"{Path.cwd()}/", "").replace(f"{ROOT}/", "")
+    lines = [line for line in text.splitlines() if line.strip()][-last:]  # all of them for 0
+    print(*lines, *([f"exit code {ended}"] if ended else []), sep="\n")
+    assert ended == code, ended
+
+
+def begin() -> tuple[Path, Path]:
+    "A new working directory with `tiny`, a model that has seen a few examples, and `world`, some clips; their sources."
+    quiet()
+    os.chdir(tempfile.mkdtemp())
+    small = ToyConfig(
+        world=WorldConfig(sft_videos=8, rl_videos=8, eval_videos=4),
+        cold_start=ColdStartConfig(vision_steps=1, sft_steps=40, sft_batch=24, warmup_steps=1, learning_rate=1e-2,
+                                   hidden_size=48, n_layers=2))
+    world, model, _ = cold_start(small, "cache")
+    shutil.copytree(model, "tiny")
+    shutil.copytree(world, "world")
+    return world, model
