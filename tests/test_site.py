@@ -215,3 +215,10 @@ def test_no_row_of_a_table_is_cut_by_a_bar(site):
         for table in re.findall(r"(?:^\|.*\|? *\n?)+", re.sub(r"^```.*?^```", "", "\n\n".join(sources), flags=re.M | re.S), re.M):
             widths = {len(re.findall(r"(?<!\\)\|", row)) for row in table.strip().splitlines()}
             assert len(widths) == 1, (page.name, table[:300])
+
+
+def test_every_table_is_drawn_as_one(site):
+    "A row of dashes that is read as text stands for a table that is not drawn."
+    for page in site.rglob("*.html"):
+        text = re.sub(r"(?s)<(pre|code|script|style)\b.*?</\1>", "", page.read_text(encoding="utf-8"))
+        assert not re.search(r"\|\s*(:?-{2,}:?|[\u2013\u2014:]+)\s*\|", text), page.name

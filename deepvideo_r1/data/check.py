@@ -158,7 +158,8 @@ def summary_lines(
     lines += [f"note: {note}" for note in report.get("notes", [])]
     lines.append(f"kinds: {_counts(report['kinds'])}")
     if report["options"]:
-        lines.append(f"options: {', '.join(f'{count} questions with {n}' for n, count in report['options'].items())}")
+        counts = (f"{count} question{'s' * (count != 1)} with {n}" for n, count in report["options"].items())
+        lines.append(f"options: {', '.join(counts)}")
     if report["answers"]:
         lines.append(f"right options: {_counts(report['answers'])}")
 

@@ -103,7 +103,7 @@ def run_map(
     config: MapConfig,  # axes, arms, cold starts, seeds and the limit of time
     *,
     on_progress: Callable[[str, int, int], None] | None = None,  # called with a name, the number done, and the most
-) -> Path:  # the run directory, with map.jsonl, map.json and map.png
+) -> Path:  # the run directory, with map.jsonl, map.json and a figure for each measure, such as map_L1.png
     "Runs or continues the grid and draws its map; raises `Stopped` on an interrupt."
     out, report, cells = Path(config.out), on_progress or (lambda *_: None), map_cells(config)
     with directory_lock(out):
@@ -134,7 +134,9 @@ def run_map(
         write_whole(out / "map.jsonl", "".join(json.dumps(run) + "\n" for run in runs))
         write_whole(out / "map.json", json.dumps(
             {"cpu_hours": round(_spent(out), 4), "studies_not_begun": n_left, "rows": rows}, indent=1))
-        (out / "map.png").write_bytes(figure_png(plot_map(rows), max_bytes=400_000))
+        for measure in MEASURES:
+            picture = figure_png(plot_map(rows, measure), max_bytes=400_000)
+            (out / f"map_{measure.replace(' ', '_')}.png").write_bytes(picture)
     return out
 
 # %% ../../nbs/toy/14_map.ipynb #1816295d
