@@ -78,7 +78,7 @@ def map_rows(
     """Every comparison in every cell, with the cold start as a random effect.
 
     Each row has `cell`, `base`, `other`, `measure`, `start` (share right in the first step, over the cell's runs),
-    `mean`, `low`, `high`, `n` (cold starts), `pairs`, `sign` (1 or -1: the side of 0 on which the interval lies, else 0),
+    `mean`, `low`, `high`, `n` (cold starts), `pairs`, `sign` (1 or -1: side of 0 on which the interval lies, else 0),
     `p` (after Holm's correction over all rows of the measure) and `settled` (`sign` where `p` is below 5 %, else 0).
     """
     rows = []
