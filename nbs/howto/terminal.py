@@ -31,8 +31,8 @@ def run(command: str, code: int = 0, last: int = 0) -> None:
     assert ended == code, ended
 
 
-def begin() -> tuple[Path, Path]:
-    "A new working directory with `tiny`, a model that has seen a few examples, and `world`, some clips; their sources."
+def begin() -> None:
+    "Goes to a new directory with `tiny`, a model that has seen a few examples, and `world`, some clips."
     quiet()
     os.chdir(tempfile.mkdtemp())
     small = ToyConfig(
@@ -42,4 +42,3 @@ def begin() -> tuple[Path, Path]:
     world, model, _ = cold_start(small, "cache")
     shutil.copytree(model, "tiny")
     shutil.copytree(world, "world")
-    return world, model
