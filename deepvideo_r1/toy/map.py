@@ -7,6 +7,7 @@ __all__ = ['MEASURES', 'comparisons', 'is_open', 'map_rows', 'run_map', 'plot_ma
 
 # %% ../../nbs/toy/14_map.ipynb #f195af86
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -74,6 +75,8 @@ def _cell_runs(out: Path, cell: str) -> list[dict[str, Any]]:
 def map_rows(
     runs: Sequence[dict[str, Any]],  # packed runs, each with its cell
     arms: Sequence[str],  # arms of the studies
+    *,
+    measures: Sequence[str] = tuple(MEASURES),  # names of `MEASURES`
 ) -> list[dict[str, Any]]:  # see below; shares, not points
     """Every comparison in every cell, with the cold start as a random effect.
 
@@ -82,12 +85,12 @@ def map_rows(
     `p` (after Holm's correction over all rows of the measure) and `settled` (`sign` where `p` is below 5 %, else 0).
     """
     rows = []
-    for name, options in MEASURES.items():
-        found = []
+    for name in measures:
+        options, found = MEASURES[name], []
         for cell in dict.fromkeys(run["cell"] for run in runs):
             mine = [run for run in runs if run["cell"] == cell]
             start = sum(run["curves"]["reward_accuracy"][0] for run in mine) / len(mine)
-            for base, other in comparisons(arms):
+            for base, other in comparisons([arm for arm in arms if arm in {run["arm"] for run in mine}]):
                 pairs = paired(mine, base, other, **options).n
                 place = {"cell": cell, "base": base, "other": other, "measure": name, "start": start, "pairs": pairs}
                 found.append((place, over_cold_starts(mine, base, other, **options)))
@@ -144,23 +147,27 @@ def plot_map(
     rows: Sequence[dict[str, Any]],  # from `map_rows`
     measure: str = "equal responses",  # one of `MEASURES`
 ) -> Figure:
-    "Differences of every comparison in every cell; raises `ValueError` for a measure that no row has."
+    "Differences of every comparison in every cell where it was run; raises `ValueError` for a measure that no row has."
     mine = [row for row in rows if row["measure"] == measure]
     if not mine:
         raise ValueError(f"no row has the measure {measure!r}, there are {', '.join({row['measure'] for row in rows})}")
     cells = list(dict.fromkeys(row["cell"] for row in mine))
     pairs = list(dict.fromkeys((row["base"], row["other"]) for row in mine))
 
-    # a coloured square for each difference, with its value and the dot
+    # a coloured square for each difference, with its value and its mark
     figure = NotebookFigure(figsize=(3.2 + 0.9 * len(pairs), 2.0 + 0.62 * len(cells)), dpi=110, layout="constrained")
     axis = figure.subplots()
     by_place = {(row["cell"], (row["base"], row["other"])): row for row in mine}
-    values = [[100 * by_place[cell, pair]["mean"] for pair in pairs] for cell in cells]
-    limit = max(1.0, max(abs(value) for line in values for value in line))
+    limit = max(1.0, max(100 * abs(row["mean"]) for row in mine))
+    values = [[100 * by_place[cell, pair]["mean"] if (cell, pair) in by_place else math.nan for pair in pairs]
+              for cell in cells]
+    axis.set_facecolor("0.9")  # where nothing was run
     picture = axis.imshow(values, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
     for y, cell in enumerate(cells):
         for x, pair in enumerate(pairs):
-            row = by_place[cell, pair]
+            if (row := by_place.get((cell, pair))) is None:
+                axis.text(x, y, "not run", ha="center", va="center", fontsize=9)
+                continue
             mark = "\u25cf" if row["settled"] else "\u25cb" if row["sign"] else ""
             axis.text(x, y, f"{values[y][x]:+.1f}{mark}", ha="center", va="center", fontsize=9,
                       color="white" if abs(values[y][x]) > 0.7 * limit else "black")
@@ -170,6 +177,6 @@ def plot_map(
     starts = {row["cell"]: row["start"] for row in mine}
     names = [f"{cell.replace(' ', chr(10)) or 'the toy'}\n{100 * starts[cell]:.0f} % right at first" for cell in cells]
     axis.set_yticks(range(len(cells)), labels=names)
-    axis.set_title(f"{measure}, points")
+    axis.set_title(f"{measure}, points\n\u25cb interval without 0, \u25cf also after Holm", fontsize=10)
     figure.colorbar(picture, ax=axis)
     return figure
