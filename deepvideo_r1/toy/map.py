@@ -84,13 +84,17 @@ def map_rows(
     `mean`, `low`, `high`, `n` (cold starts), `pairs`, `sign` (1 or -1: side of 0 on which the interval lies, else 0),
     `p` (after Holm's correction over all rows of the measure) and `settled` (`sign` where `p` is below 5 %, else 0).
     """
+    by_cell: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        by_cell.setdefault(run["cell"], []).append(run)
+
     rows = []
     for name in measures:
         options, found = MEASURES[name], []
-        for cell in dict.fromkeys(run["cell"] for run in runs):
-            mine = [run for run in runs if run["cell"] == cell]
+        for cell, mine in by_cell.items():
             start = sum(run["curves"]["reward_accuracy"][0] for run in mine) / len(mine)
-            for base, other in comparisons([arm for arm in arms if arm in {run["arm"] for run in mine}]):
+            present = {run["arm"] for run in mine}
+            for base, other in comparisons([arm for arm in arms if arm in present]):
                 pairs = paired(mine, base, other, **options).n
                 place = {"cell": cell, "base": base, "other": other, "measure": name, "start": start, "pairs": pairs}
                 found.append((place, over_cold_starts(mine, base, other, **options)))

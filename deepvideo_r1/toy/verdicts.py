@@ -86,7 +86,7 @@ def compare_arms(
 ) -> Verdict | None:
     "The differences of other and base over common seeds, or None when no pair has a seed in common."
     runs = {(arm["arm"], arm["seed"]): arm for arm in results["arms"]}
-    answers, rows, deciding, most_seeds = {}, [], [], 0
+    deciding, rows, most_seeds = {}, [], 0
     for base, other in pairs:
         seeds = [seed for arm, seed in runs if arm == base and (other, seed) in runs]
         if not seeds:
@@ -99,16 +99,17 @@ def compare_arms(
 
         # The first number gives the answer, all of them a row.
         pair = f"{ARM_NAMES.get(other, other)} against {ARM_NAMES.get(base, base)}"
-        answers[pair] = {0: "open", wanted: "yes", -wanted: "no"}[estimates[0].sign]
-        deciding.append((pair, estimates[0]))
+        deciding[pair] = estimates[0]
         rows.append((pair, *map(str, estimates), f"\u00d7\u00a0{other_sampled / base_sampled:.2f}"))
         most_seeds = max(most_seeds, len(seeds))
     if not rows:
         return None
 
+    answer_of = {0: "open", wanted: "yes", -wanted: "no"}
+    answers = {pair: answer_of[estimate.sign] for pair, estimate in deciding.items()}
     header = ("difference in points", *numbers, "responses")
     sentence = _reason(answers, most_seeds, deciding=next(iter(numbers)))
-    return Verdict(question, combine(list(answers.values())), sentence, header, tuple(rows), tuple(deciding))
+    return Verdict(question, combine(list(answers.values())), sentence, header, tuple(rows), tuple(deciding.items()))
 
 # %% ../../nbs/toy/07_verdicts.ipynb #ab52112b
 # objectives compared on the same prompts

@@ -144,14 +144,14 @@ def reasoning(
         raise ValueError(f"task is {task!r}, allowed are {', '.join(QUESTIONS)}")
     lines, total, first, value = [], 0, None, "none"
     most = len(seen) * (max(POINTS.values()) if task == "points" else 1)  # that any video can have
-    for i, percept in enumerate(seen):
+    for i, (percept, off) in enumerate(zip(seen, slips or (0,) * len(seen))):
         if task == "when":
             if percept == target:
                 first = i if first is None else first
                 value = f"{first}-{i + 1}"
         else:
             total += POINTS[percept] if task == "points" else percept == target
-            total = min(most, max(0, total + (slips[i] if slips else 0)))
+            total = min(most, max(0, total + off))
             value = str(total)
         lines.append(f"t{i + 1} {percept} {value}")
     return "\n".join(lines), value

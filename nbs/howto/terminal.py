@@ -1,4 +1,4 @@
-"""What the how-to pages share: a line of the terminal that runs in this process, and a tiny model with a small world."""
+"""What the how-to pages share: a line of the terminal that runs in this process, and a tiny model with its world."""
 import contextlib
 import io
 import os
