@@ -31,7 +31,7 @@ from .support.progress import Bars, TrainingPanel, one_line_warnings, quiet
 from .support.run_directory import open_run
 from .support.run_files import starting_values
 from .toy.commands import draw_map, toy, world
-from .toy.config import TOY_PRESETS, ToyConfig
+from .toy.config import FIRST_PRESET, TOY_PRESETS, ToyConfig
 
 # %% ../nbs/14_cli.ipynb #e427fca5
 def _tell_left_out(causes: Sequence[object], what: str, place: str = "", *, n_shown: int = 5) -> None:
@@ -227,7 +227,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 STARTING: dict[str, tuple[type, Mapping[str, Callable[..., Any]], str | None]] = {
     # command -> its record, its presets, and the preset that a file changes where none is named
     "train": (RunConfig, PRESETS, None), "plan": (RunConfig, PRESETS, None), "evaluate": (EvaluateConfig, {}, None),
-    "toy": (ToyConfig, TOY_PRESETS, "rare_success"),
+    "toy": (ToyConfig, TOY_PRESETS, FIRST_PRESET),
 }
 
 

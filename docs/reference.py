@@ -88,7 +88,7 @@ def commands_page() -> str:
     "Every command with its flags, their values and defaults, and what the presets change."
     from deepvideo_r1.cli import COMMANDS
     from deepvideo_r1.config import PRESETS, RunConfig
-    from deepvideo_r1.toy.config import TOY_PRESETS
+    from deepvideo_r1.toy.config import FIRST_PRESET, TOY_PRESETS
 
     head = ["Flag", "Values", "Default", "Meaning"]
     parts = ["# Commands: every flag, its values and its default",
@@ -103,10 +103,10 @@ def commands_page() -> str:
             if title not in ("options", "positional arguments"):
                 parts.append(f"### {name}: {title}\n\n{about[:1].upper()}{about[1:]}.")
             parts.append(table(head, rows))
-    parts.append("## Presets\n\nWhat each changes in the defaults of `train`, and for `toy` in its own, which are those of `rare_success`.")
-    default, first = RunConfig("MODEL", "DATA"), TOY_PRESETS["rare_success"]()
+    parts.append("## Presets\n\nWhat each changes in the defaults of `train`, and for `toy` in its own, which are those of `" + FIRST_PRESET + "`.")
+    default, first = RunConfig("MODEL", "DATA"), TOY_PRESETS[FIRST_PRESET]()
     changes = {name: _changes(preset("MODEL", "DATA"), default) for name, preset in PRESETS.items()}
-    changes |= {f"toy: {name}": _changes(preset(), first) for name, preset in TOY_PRESETS.items() if name != "rare_success"}
+    changes |= {f"toy: {name}": _changes(preset(), first) for name, preset in TOY_PRESETS.items() if name != FIRST_PRESET}
     for name, rows in changes.items():
         cells = [[f"`{flag}`", f"`{' '.join(map(str, value)) if isinstance(value, tuple) else value}`"] for flag, value in rows]
         parts.append(f"### {name}\n\n" + table(["Flag", "Value"], cells))

@@ -66,10 +66,9 @@ def test_sampled_groups_follow_their_probability(run_js):
     assert sum(map(sum, groups)) / 5000 == pytest.approx(0.3, abs=0.03)
 
 
-@pytest.mark.parametrize("module", ["vanishing", "regression"])
-def test_advantages(run_js, module):
+def test_advantages(run_js):
     groups = [[0, 0, 1, 1], [2, 1, 1, 0], [1, 1, 1], [0.1] * 8, [0.5, 0.5 + 1e-7], (2 * draws(0, 16)).tolist()]
-    for group, found in zip(groups, run_js(module, [("groupAdvantages", group) for group in groups])):
+    for group, found in zip(groups, run_js("group", [("groupAdvantages", group) for group in groups])):
         expected = group_advantages(torch.tensor([group], dtype=torch.float64))[0].tolist()
         assert found == pytest.approx(expected, abs=1e-12)
 
@@ -119,7 +118,7 @@ def test_a_widget_and_its_script_agree_on_names(name):
 
 def test_every_module_is_packaged():
     names = {path.name for path in (files("deepvideo_r1.explore") / "esm").iterdir()}
-    shared = {"kit.js", "pixels.js", "plan.js"}
+    shared = {"group.js", "kit.js", "pixels.js", "plan.js"}
     assert names == shared | {"augment.js", "effect.js", "own_clip.js", *(f"{name}.js" for name in EXPLORERS)}
     packaged = {path.name for path in files("deepvideo_r1.explore").iterdir() if path.name in ("answers.json", "scene.mp4")}
     assert len(packaged) == 2 and all(name in (ROOT / "setup.py").read_text() for name in packaged)

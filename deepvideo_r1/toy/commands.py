@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from ..support.progress import Bars
-from .config import MapConfig, ToyConfig, WorldConfig, rare_success
+from .config import FIRST_PRESET, TOY_PRESETS, MapConfig, ToyConfig, WorldConfig
 from .table import toy_table
 
 # %% ../../nbs/toy/15_commands.ipynb #b6ad13cb
-def toy(config: Annotated[ToyConfig, tyro.conf.arg(name="")] = rare_success()) -> None:
+def toy(config: Annotated[ToyConfig, tyro.conf.arg(name="")] = TOY_PRESETS[FIRST_PRESET]()) -> None:
     """Train and compare the toy's arms: world, cold start, RL, evaluation, report.
 
     After an interrupt, the same command continues. --preset frequent_success starts from the

@@ -1,7 +1,8 @@
 // Explorer: what a change does to the answers of a policy, from answers that a cold start really gave.
+import { groupAdvantages } from "./group.js";
 import { change, chart, follow, make, number, open, slider } from "./kit.js";
 import { addNoise, cutStrip, maskFrame, picture } from "./pixels.js";
-import { agreeingShare, groupAdvantages, makeHint, maskedFrames, nearestLevel, planAugmentation, strengths } from "./plan.js";
+import { agreeingShare, makeHint, maskedFrames, nearestLevel, planAugmentation, strengths } from "./plan.js";
 
 const GROUP = 8;
 const LOOK = `

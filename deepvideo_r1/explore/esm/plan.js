@@ -69,14 +69,6 @@ export function nearestLevel(levels, sigma) {
   return levels.reduce((best, level, k) => (Math.abs(level - sigma) < Math.abs(levels[best] - sigma) ? k : best), 0);
 }
 
-/** Eq. 5 with ddof 0 and eps 1e-6; zeros for equal rewards. */
-export function groupAdvantages(rewards) {
-  const mean = rewards.reduce((sum, reward) => sum + reward, 0) / rewards.length;
-  if (Math.max(...rewards) - Math.min(...rewards) <= 1e-6) return rewards.map(() => 0);
-  const variance = rewards.reduce((sum, reward) => sum + (reward - mean) ** 2, 0) / rewards.length;
-  return rewards.map((reward) => (reward - mean) / (Math.sqrt(variance) + 1e-6));
-}
-
 /** `agreeing_share`: share of all choices of `size` among these rewards in which all are equal. */
 export function agreeingShare(rewards, size) {
   const counts = [...new Set(rewards)].map((value) => rewards.filter((other) => other === value).length);

@@ -1,16 +1,10 @@
 // Explorer: the regression target of Reg-GRPO, and which way its gradient moves the log-ratios of a group.
+import { groupAdvantages } from "./group.js";
 import { change, chart, follow, make, modelSlider, number, open, slider } from "./kit.js";
 
 const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
 const centre = (values) => { const middle = mean(values); return values.map((value) => value - middle); };
 const dot = (a, b) => a.reduce((sum, value, k) => sum + value * b[k], 0);
-
-/** Eq. 5 with ddof 0 and eps 1e-6; zeros for equal rewards. */
-export function groupAdvantages(rewards) {
-  const centred = centre(rewards);
-  if (Math.max(...rewards) - Math.min(...rewards) <= 1e-6) return rewards.map(() => 0);
-  return centred.map((value) => value / (Math.sqrt(dot(centred, centred) / rewards.length) + 1e-6));
-}
 
 /** Everything that Reg-GRPO (Eq. 7 and 8, no KL) knows about one group. */
 export function regress(rewards, logRatios, sigmaFloor) {

@@ -1,17 +1,10 @@
 // Explorer: how often all rewards of a group are equal, and one group at a time.
+import { groupAdvantages } from "./group.js";
 import { change, chart, follow, make, modelSlider, number, open, range } from "./kit.js";
 
 /** P(all G rewards equal) when each response is right with probability `accuracy`, independently. */
 export function vanishingProbability(accuracy, groupSize) {
   return accuracy ** groupSize + (1 - accuracy) ** groupSize;
-}
-
-/** Eq. 5 with ddof 0 and eps 1e-6; zeros for equal rewards. */
-export function groupAdvantages(rewards) {
-  const mean = rewards.reduce((sum, reward) => sum + reward, 0) / rewards.length;
-  if (Math.max(...rewards) - Math.min(...rewards) <= 1e-6) return rewards.map(() => 0);
-  const variance = rewards.reduce((sum, reward) => sum + (reward - mean) ** 2, 0) / rewards.length;
-  return rewards.map((reward) => (reward - mean) / (Math.sqrt(variance) + 1e-6));
 }
 
 /** Numbers in [0, 1), the same ones for the same seed (mulberry32). */
