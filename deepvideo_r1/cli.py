@@ -28,7 +28,7 @@ from .support.files import disk_error_advice, write_whole
 from .support.interrupts import Stopped, TrainingError, exit_code, leaving_at_once, memory_advice
 from .support.interrupts import sigterm_interrupts
 from .support.progress import Bars, TrainingPanel, one_line_warnings, quiet
-from .support.run_directory import open_run
+from .support.run_directory import open_run, other_prompts
 from .support.run_files import starting_values
 from .toy.commands import draw_map, toy, world
 from .toy.config import FIRST_PRESET, TOY_PRESETS, ToyConfig
@@ -41,6 +41,13 @@ def _tell_left_out(causes: Sequence[object], what: str, place: str = "", *, n_sh
         plural = "s" if len(causes) > 1 else ""
         lines = [f"{len(causes)} {what}{plural}{place} left out:", *map(str, causes[:n_shown]), *more]
         print("\n  ".join(lines), file=sys.stderr)
+
+
+def _tell_other_prompts(config: EvaluateConfig | AskConfig) -> None:
+    "Writes to stderr where the run that trained the model showed questions in another way."
+    if changes := other_prompts(config.model, config):
+        listed = "; ".join(f"{flag} {trained} there, {now} here" for flag, (trained, now) in changes.items())
+        print(f"note: the run that trained {config.model} showed questions in another way ({listed})", file=sys.stderr)
 
 # %% ../nbs/14_cli.ipynb #89f97867
 def train(config: Annotated[RunConfig, tyro.conf.arg(name="")]) -> None:
@@ -104,6 +111,7 @@ def evaluate(config: Annotated[EvaluateConfig, tyro.conf.arg(name="")]) -> None:
     is_main = accelerator.is_main_process
     if is_main:
         _tell_left_out(samples.problems, "bad row", f" of {config.data}")
+        _tell_other_prompts(config)
         if accelerator.num_processes > 1:
             print(f"{accelerator.num_processes} processes share {len(samples)} questions", file=sys.stderr)
         changeable = ("out", "batch_prompts", "strict", "timeout", "prompt.cache_dir", "prompt.cache_gb")
@@ -142,6 +150,7 @@ def ask(config: Annotated[AskConfig, tyro.conf.arg(name="")]) -> None:
     from deepvideo_r1.model.prompt import load_processor
     from deepvideo_r1.model.rollout import rollout_groups
 
+    _tell_other_prompts(config)
     sample = Sample(id="question", video=config.video, question=config.question, answer="?")
     processor = load_processor(config.model)
     visuals = visuals_loader(config.prompt)(sample, processor)
