@@ -4,6 +4,9 @@ import io
 import os
 import shlex
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from unittest.mock import patch
@@ -29,6 +32,21 @@ def run(command: str, code: int = 0, last: int = 0) -> None:
     lines = [line for line in text.splitlines() if line.strip()][-last:]  # all of them for 0
     print(*lines, *([f"exit code {ended}"] if ended else []), sep="\n")
     assert ended == code, ended
+
+
+def start_apart(command: str) -> subprocess.Popen:
+    "Starts a line of the terminal in a process of its own, without GPUs, that heeds Ctrl-C."
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "96", "FORCE_COLOR": ""}
+    return subprocess.Popen([sys.executable, "-m", "deepvideo_r1", *shlex.split(command)[1:]], env=environment,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def show_end(process: subprocess.Popen) -> None:
+    "Waits for a process of `start_apart`, and shows what it printed and an exit code other than 0."
+    page, _ = process.communicate(timeout=240)
+    lines = [line for line in page.splitlines() if line.strip()]
+    print(*lines, *([f"exit code {process.returncode}"] if process.returncode else []), sep="\n")
 
 
 def begin() -> None:
