@@ -19,7 +19,7 @@ from execnb.nbio import read_nb
 from names import LIBRARY, Name, public_names
 from parts import NBS, ROOT, WINGS
 
-RECORDED = ROOT / "docs" / "recorded" / "three_seeds"
+REPORTS = {"toy_report": "one_seed", "toy_report_frequent": "three_seeds"}  # page of the site -> recorded run
 FILES = {  # glossary -> the file with these numbers, and who writes it
     "STEP_METRICS": ("metrics.jsonl", "one row for each training step"),
     "EVALUATION_FIELDS": ("evaluations.jsonl", "one row for each evaluation while a run trains"),
@@ -217,19 +217,23 @@ def names_pages() -> dict[str, str]:
 
 
 def report_page(out: Path) -> str:
-    "A finished report of the toy study, copied into the site, and the page that leads to it."
+    "Two finished reports of the toy study, copied into the site, and the page that leads to them."
     from deepvideo_r1.toy.report import write_report
 
-    with tempfile.TemporaryDirectory() as folder:
-        run = shutil.copytree(RECORDED, Path(folder) / RECORDED.name)
-        (out / "extra").mkdir(parents=True, exist_ok=True)
-        shutil.copy(write_report(run), out / "extra" / "toy_report.html")
+    (out / "extra").mkdir(parents=True, exist_ok=True)
+    for name, recorded in REPORTS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            run = shutil.copytree(ROOT / "docs" / "recorded" / recorded, Path(folder) / recorded)
+            shutil.copy(write_report(run), out / "extra" / f"{name}.html")
     return "\n\n".join([
-        "# A finished report of the toy study",
-        "`make toy` ends with one HTML file that holds verdicts, tables and figures, and loads nothing else. This is the report of "
-        "`deepvideo-r1 toy --preset frequent_success` with three seeds of each arm, made from the run that is recorded in the "
-        "repository, without examples of responses.",
-        '<p><a href="../toy_report.html">Open the report</a></p>',
+        "# Finished reports of the toy study",
+        "`make toy` ends with one HTML file that holds verdicts, tables and figures, and loads nothing else. Both reports are made "
+        "from runs that are recorded in the repository.",
+        '<p><a href="../toy_report.html">What <code>make toy</code> ends with</a>: right answers are rare at first; six arms, '
+        "one seed.</p>",
+        '<p><a href="../toy_report_frequent.html">The regime in which they are frequent</a> '
+        "(<code>deepvideo-r1 toy --preset frequent_success --seeds 0 1 2</code>): four arms, three seeds, without examples of "
+        "responses.</p>",
         "[09 Report](/toy/report.ipynb) says how it is made, and [07 Verdicts](/toy/verdicts.ipynb) by which rules it judges."])
 
 

@@ -164,10 +164,11 @@ def test_every_equation_leads_to_its_section_and_function(site):
         assert not re.sub("<[^>]+>", "", row[3]).strip() or re.search(r'href="[^"]+html#[^"]+"', row[3]), row[3]
 
 
-def test_a_finished_report_is_there(site):
-    report = (site / "toy_report.html").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["toy_report", "toy_report_frequent"])
+def test_a_finished_report_is_there(site, name):
+    report = (site / f"{name}.html").read_text(encoding="utf-8")
     assert "cold start" in report and not re.search(r'(src|href)="https?:', report)
-    assert "toy_report.html" in (site / "reference" / "report.html").read_text(encoding="utf-8")
+    assert f"{name}.html" in (site / "reference" / "report.html").read_text(encoding="utf-8")
 
 
 def test_pages_are_light_but_for_stored_pictures(site):
