@@ -150,11 +150,11 @@ def ask(config: Annotated[AskConfig, tyro.conf.arg(name="")]) -> None:
     from deepvideo_r1.model.prompt import load_processor
     from deepvideo_r1.model.rollout import rollout_groups
 
-    _tell_other_prompts(config)
     sample = Sample(id="question", video=config.video, question=config.question, answer="?")
     processor = load_processor(config.model)
     visuals = visuals_loader(config.prompt)(sample, processor)
     policy = load_policy(config.model, dtype=config.dtype, positions=config.positions).to(Accelerator().device)
+    _tell_other_prompts(config)
     prompt = prompt_for(policy, processor, sample, visuals, template=config.prompt.template,
                         max_tokens=config.max_tokens)
     rollout, = rollout_groups(policy, processor, [sample], [prompt], [(config.seed, "ask")], group_size=1,
