@@ -194,7 +194,7 @@ def toctree(pages: list[str], caption: str = "") -> str:
 
 def link_sections(source: str) -> str:
     "The table of equations with each section, and each test, as a link."
-    source = re.sub(r"\[\w+\]\(([\w/]+\.ipynb)\), ([^|]+?) \|",
+    source = re.sub(r"\[\w+\]\(([\w/]+\.ipynb)\), ([^|[]+?) \|",
                     lambda match: f"[{match[2]}]({match[1]}#{slug(match[2])}) |", source)
     return re.sub(r"`(test_\w+\.py)::(\w+)`", r"[`\2`](../tests/\1)", source)
 

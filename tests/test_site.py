@@ -164,6 +164,15 @@ def test_every_equation_leads_to_its_section_and_function(site):
         assert not re.sub("<[^>]+>", "", row[3]).strip() or re.search(r'href="[^"]+html#[^"]+"', row[3]), row[3]
 
 
+def test_no_link_is_left_as_it_was_written(site):
+    left = {}
+    for page in site.rglob("*.html"):
+        text = re.sub(r"<(pre|code|script|style|title)\b.*?</\1>", "", page.read_text(encoding="utf-8"), flags=re.S)
+        if found := re.findall(r"\S*\]\(\S*", re.sub(r"<[^>]+>", "", text)):
+            left[page.name] = found
+    assert not left
+
+
 @pytest.mark.parametrize("name", ["toy_report", "toy_report_frequent"])
 def test_a_finished_report_is_there(site, name):
     report = (site / f"{name}.html").read_text(encoding="utf-8")
