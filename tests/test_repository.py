@@ -137,6 +137,12 @@ def test_every_notebook_has_title_and_subtitle():
     assert [path.name for path in NOTEBOOKS if not re.match(r"# .+\n\n> .+", cells(path, "markdown")[0])] == []
 
 
+def test_what_was_left_out_comes_last():
+    for path in NUMBERED:
+        headings = re.findall(r"^## (.+)", "\n".join(cells(path, "markdown")), re.M)
+        assert "What we left out, and where we depart from the paper" not in headings[:-1], path
+
+
 def test_stored_outputs():
     assert [path.name for path in NOTEBOOKS if path.stat().st_size >= 500_000] == []
     assert [path.name for path in NOTEBOOKS if '"output_type": "error"' in path.read_text()] == []
