@@ -159,16 +159,16 @@ def plot_map(
     pairs = list(dict.fromkeys((row["base"], row["other"]) for row in mine))
 
     # a coloured square for each difference, with its value and its mark
-    figure = NotebookFigure(figsize=(3.2 + 0.9 * len(pairs), 2.0 + 0.62 * len(cells)), dpi=110, layout="constrained")
+    figure = NotebookFigure(figsize=(3.4 + 0.95 * len(cells), 1.8 + 0.42 * len(pairs)), dpi=110, layout="constrained")
     axis = figure.subplots()
     by_place = {(row["cell"], (row["base"], row["other"])): row for row in mine}
     limit = max(1.0, max(100 * abs(row["mean"]) for row in mine))
-    values = [[100 * by_place[cell, pair]["mean"] if (cell, pair) in by_place else math.nan for pair in pairs]
-              for cell in cells]
+    values = [[100 * by_place[cell, pair]["mean"] if (cell, pair) in by_place else math.nan for cell in cells]
+              for pair in pairs]
     axis.set_facecolor("0.9")  # where nothing was run
     picture = axis.imshow(values, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
-    for y, cell in enumerate(cells):
-        for x, pair in enumerate(pairs):
+    for y, pair in enumerate(pairs):
+        for x, cell in enumerate(cells):
             if (row := by_place.get((cell, pair))) is None:
                 axis.text(x, y, "not run", ha="center", va="center", fontsize=9)
                 continue
@@ -177,10 +177,10 @@ def plot_map(
                       color="white" if abs(values[y][x]) > 0.7 * limit else "black")
 
     # what the rows, the columns and the colours are
-    axis.set_xticks(range(len(pairs)), labels=[f"{other}\n- {base}" for base, other in pairs], rotation=35, ha="right")
+    axis.set_yticks(range(len(pairs)), labels=[f"{other} - {base}" for base, other in pairs])
     starts = {row["cell"]: row["start"] for row in mine}
-    names = [f"{cell.replace(' ', chr(10)) or 'the toy'}\n{100 * starts[cell]:.0f} % right at first" for cell in cells]
-    axis.set_yticks(range(len(cells)), labels=names)
+    names = [f"{cell.replace(' ', chr(10)) or 'the toy'}\n{100 * starts[cell]:.0f} % right" for cell in cells]
+    axis.set_xticks(range(len(cells)), labels=names)
     axis.set_title(f"{measure}, points\n\u25cb interval without 0, \u25cf also after Holm", fontsize=10)
     figure.colorbar(picture, ax=axis)
     return figure

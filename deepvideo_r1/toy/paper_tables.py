@@ -69,7 +69,7 @@ def table_text(
 ) -> str:
     "The rows as a Markdown table."
     first = next((row["name"] for row in rows if row["n"]), "")
-    lines = ["| row | paper: L1 | L2 | L3 | ours: L1 | L2 | L3 | runs | "
+    lines = ["| row | paper L1 | paper L2 | paper L3 | ours L1 | ours L2 | ours L3 | runs | "
              f"L1 above {first}, points | pairs |", "| --- " + "| --: " * 9 + "|"]
     for row in rows:
         ours = [f"{100 * share:.1f}" for share in row["ours"]] if row["ours"] else ["-"] * 3
