@@ -134,7 +134,7 @@ STEP_METRICS: Glossary = {
     "preference_loss": Meaning("the objective's own term: DPO, online DPO", "", _UPDATE),
     "kl": Meaning("k3 estimate of the KL to the reference", "nats per token", _UPDATE),
     "grad_norm": Meaning("norm of the gradient before it is scaled down", "", "last inner update"),
-    "clip_fraction": Meaning("share of tokens whose ratio is outside the active clip bound", "share", _TOKENS),
+    "clip_fraction": Meaning("share of tokens on which the clip has set the policy gradient to 0", "share", _TOKENS),
     "ratio_mean": Meaning("probability ratio, policy now to policy before the first inner update", "ratio", _TOKENS),
     "advantage_abs_mean": Meaning("size of the advantage (Eq. 5)", "standard deviations", _UPDATE),
     "advantage_corr": Meaning("correlation of advantage and log-ratio within a group", "correlation", _UPDATE),
