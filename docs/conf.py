@@ -23,6 +23,7 @@ python_maximum_signature_line_length = 90
 toc_object_entries_show_parents = "hide"
 nb_execution_mode = "off"
 nb_merge_streams = True
+smartquotes = False  # a flag keeps its two hyphens
 nb_render_markdown_format = "myst"  # the default knows no tables
 
 # Sphinx and myst-nb would load MathJax, require.js and a widget manager from a public host.

@@ -3,6 +3,7 @@ import argparse
 import ast
 import csv
 import importlib
+import inspect
 import json
 import re
 import shutil
@@ -63,6 +64,7 @@ def _flag(action: argparse.Action) -> list[str]:
     values = "switch" if action.nargs == 0 else values + (", several" if action.nargs == "*" else "")
     given = action.default if isinstance(action.default, int | float) and action.default != argparse.SUPPRESS else None
     known = (default[1] or default[3] or default[2]) if default else given
+    known = known.partition(". ")[0] if isinstance(known, str) else known  # torch adds a sentence to a default
     return [names, values, "required" if known == "required" else f"`{known}`" if known not in (None, "") else "", meaning]
 
 
@@ -84,6 +86,12 @@ def _changes(record, default, before: str = "") -> Iterator[tuple[str, object]]:
             yield f"--{before}{field.name}".replace("_", "-"), value
 
 
+def _model_of(preset) -> list[tuple[str, object]]:
+    "The model that a preset names, as a flag; nothing where it names none."
+    model = inspect.signature(preset).parameters["model"].default
+    return [("--model", model)] if isinstance(model, str) else []
+
+
 def commands_page() -> str:
     "Every command with its flags, their values and defaults, and what the presets change."
     from deepvideo_r1.cli import COMMANDS
@@ -95,7 +103,7 @@ def commands_page() -> str:
              "Written from the parsers themselves. `deepvideo-r1 COMMAND --help` prints the same in a terminal. "
              "[14 Command line](/cli.ipynb) shows each command at work, [01 Config](/config.ipynb) the records behind the flags.",
              "`train`, `plan`, `evaluate` and `toy` also take `--config FILE`: values from a TOML, YAML or JSON file. `train`, `plan` "
-             "and `toy` take `--preset NAME`; flags come after both. `train --dry-run` tries what can fail and trains nothing."]
+             "and `toy` take `--preset NAME`, which may name the model too; flags come after both. `train --dry-run` tries what can fail and trains nothing."]
     for name, function in COMMANDS.items():
         text = re.sub(r"(?<!\S)--[a-z-]+", r"`\g<0>`", " ".join((function.__doc__ or "").partition("Args:")[0].split()))
         parts += [f"## {name}", text]
@@ -105,7 +113,7 @@ def commands_page() -> str:
             parts.append(table(head, rows))
     parts.append("## Presets\n\nWhat each changes in the defaults of `train`, and for `toy` in its own, which are those of `" + FIRST_PRESET + "`.")
     default, first = RunConfig("MODEL", "DATA"), TOY_PRESETS[FIRST_PRESET]()
-    changes = {name: _changes(preset("MODEL", "DATA"), default) for name, preset in PRESETS.items()}
+    changes = {name: [*_model_of(preset), *_changes(preset("MODEL", "DATA"), default)] for name, preset in PRESETS.items()}
     changes |= {f"toy: {name}": _changes(preset(), first) for name, preset in TOY_PRESETS.items() if name != FIRST_PRESET}
     for name, rows in changes.items():
         cells = [[f"`{flag}`", f"`{' '.join(map(str, value)) if isinstance(value, tuple) else value}`"] for flag, value in rows]
@@ -129,9 +137,10 @@ def metrics_page() -> str:
 
     found = glossaries()
     assert set(found) == set(FILES), "a glossary without its file, or a file without its glossary"
-    parts = ["# Metrics: the meaning of every number in a file",
+    parts = ["# Metrics: the meaning of every number in a run's files",
              "A name with `<part>` stands for several. *Over* says what a number is averaged or summed over. Each table is the "
-             "glossary beside the function that writes the file; a test compares it with what is written."]
+             "glossary beside the function that writes the file; a test compares it with what is written. The figures of a benchmark "
+             "(`benchmark.json`) are those of [03 Metrics](/evaluation/metrics.ipynb)."]
     for name, (file, about) in FILES.items():
         glossary = getattr(importlib.import_module(found[name]), name)
         parts.append(f"## {file}\n\n{about[:1].upper()}{about[1:]}.\n\n{glossary_table(glossary)}")
@@ -169,12 +178,14 @@ def formats_page() -> str:
     about = {function.__name__: function.__doc__ for function in FORMATS.values()}
     parts = ["# Data formats: an example row of each",
              "`--format NAME` reads a file, or a folder with `--split`. A row becomes a `Sample`; the second box shows its "
-             "fields. A row that cannot be read is named with file, line and field: `deepvideo-r1 data check` lists them all. "
+             "fields. The examples are read with `--root videos`; without it, paths start from the folder of the file (of the data set, "
+             "for a file in `annotations`). A row that cannot be read is named with file, line and field: `deepvideo-r1 data check` lists them all. "
              "[11 Data sets](/data/datasets.ipynb) and [10 Formats](/data/formats.ipynb) derive what follows."]
     for name, function in FORMATS.items():
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore"):
             sample, = load_samples(write_example(name, Path(folder)), format=name, root="videos")
-        parts.append(f"## {name}\n\n{about[function.__name__].splitlines()[0]}")
+        words = "Questions of your own: a row is a JSON object in a line." if name == "jsonl" else about[function.__name__]
+        parts.append(f"## {name}\n\n{words.splitlines()[0]}")
         if name == "jsonl":
             parts.append(f"{fields_table}\n\nA field with `null` is absent.")
         if SPLIT_FILES[name]:

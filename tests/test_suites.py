@@ -576,7 +576,7 @@ def test_what_cannot_be_asked(trained_model, tiny_world, tmp_path, capsys):
     check_one_line(command(tiny_world, "--benchmark", "world"), tiny_world, "needs a split", "L1, L2, L3, grounding")
     check_one_line(command(tiny_world, "--benchmark", "mvbench"), tiny_world, "eval_mvbench.json")
     check_one_line(command(tiny_world / "L1.jsonl", "--benchmark", "mvbench"), "L1.jsonl", "'problem_type' is missing", "format video_r1")
-    check_one_line(command(tiny_world / "L1.jsonl", "--benchmark", "nextgqa"), "gsub_L1.json", "No such file", "format nextgqa")
+    check_one_line(command(tiny_world / "L1.jsonl", "--benchmark", "nextgqa"), "gsub_L1.json", "no such file", "format nextgqa")
     check_one_line(command(tmp_path / "gone.jsonl", "--benchmark", "mmvu"), "gone.jsonl", "no such file")
     check_one_line(command(tiny_world / "L1.jsonl", "--batch-prompts", 0), "batch_prompts", "1 or more")
     assert not out.exists()

@@ -218,7 +218,11 @@ def read_nextgqa_rows(
     path: Path,  # <split>.csv, beside gsub_<split>.json
 ) -> Iterator[tuple[str, Row | ValueError]]:  # place, and the row of the table with `spans`, `duration` and `file`
     "The rows of the table joined with their intervals; raises `DataError` where a file is missing."
-    grounding = _read_object(path.with_name(f"gsub_{path.stem}.json"))
+    intervals = path.with_name(f"gsub_{path.stem}.json")
+    for file, place in ((path, ""), (intervals, f"; it belongs beside {path.name}")):
+        if not file.is_file():
+            raise DataError(f"{file}: no such file{place}", file=str(file))
+    grounding = _read_object(intervals)
     mapped = path.with_name("map_vid_vidorID.json")
     files = _read_object(mapped) if mapped.is_file() else {}
     for place, row in read_rows(path):

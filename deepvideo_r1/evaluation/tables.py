@@ -16,6 +16,10 @@ from .metrics import Metric
 from .suites import HEADER, table_rows
 
 # %% ../../nbs/evaluation/05_tables.ipynb #951ba013
+def _with_interval(mean: float, low: float, high: float) -> str:
+    return f"{mean:.3f} " + (f"[{low:.2f}, {high:.2f}]" if low < high else "(all agree)")
+
+
 def summary_table(
     summary: dict[str, dict[str, Any]],  # subset of the questions -> its figures, from `summarise`
 ) -> Table:
@@ -25,7 +29,7 @@ def summary_table(
     table = Table("subset", "questions", "unreadable", "unparsed", *names, title="95 % intervals in brackets",
                   title_justify="left")
     for subset, row in summary.items():
-        figures = [f"{row[n][0]:.3f} [{row[n][1]:.2f}, {row[n][2]:.2f}]" if n in row else "" for n in names]
+        figures = [_with_interval(*row[name]) if name in row else "" for name in names]
         table.add_row(Text(subset), str(row["n"]), str(row["unreadable"]), str(row["unparsed"]), *figures)
     return table
 

@@ -113,7 +113,8 @@ class TrainingPanel:
         names = ("accuracy", "mean_iou", "format")
         if metric := next((name for name in names if name in row), None):
             self.figures["evaluation"] = f"{metric} {row[metric]:.1%} (step {row['step']})"
-            interval = f"{row[metric + '_low']:.1%} to {row[metric + '_high']:.1%}"
+            low, high = row[f"{metric}_low"], row[f"{metric}_high"]
+            interval = f"{low:.1%} to {high:.1%}" if low < high else "all agree"
             best = ", the best so far" if row.get("best") else ""
             self._say(f"evaluation at step {row['step']}: {metric} {row[metric]:.1%} ({interval}), "
                       f"{row['n']} questions{best}")
