@@ -42,7 +42,7 @@ class RolloutConfig:
     top_k: int = 0  # number of most likely tokens to sample from; 0: all (the loss scores over all)
     top_p: float = 1.0  # total probability of the most likely tokens to sample from; 1: all (the loss scores over all)
     batch_rows: int | None = None  # largest number of responses sampled side by side; None: as many as memory allows
-    # memory of keys and values: growing; static, reserved at once; graph, recorded too; auto: graph on CUDA, else growing
+    # memory of keys and values: growing; static: reserved; graph: recorded too; auto: graph on CUDA, else growing
     cache: Literal["auto", "growing", "static", "graph"] = "auto"
 
     def __post_init__(self):
