@@ -29,7 +29,8 @@ FILES = {  # glossary -> the file with these numbers, and who writes it
     "RESULT_FIELDS": ("results.json", "what the toy study found"),
 }
 
-UNUSED = ("help", "training_script", "training_script_args", "module", "no_python", "run_path")  # the last three are refused
+# Not shown: what every parser has, and what `launch` refuses.
+UNUSED = ("help", "training_script", "training_script_args", "module", "no_python", "run_path", "shutdown_timeout")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

@@ -67,6 +67,8 @@ def parse_options(
         raise ValueError(f"launch starts {' or '.join(COMMANDS)}, got {args.training_script!r}")
     if args.module or args.no_python or args.run_path:
         raise ValueError("launch starts deepvideo-r1 itself; --module, --no-python and --run-path have no meaning here")
+    if vars(args).get("shutdown_timeout") is not None:  # of newer versions of torch
+        raise ValueError("launch gives processes --patience seconds; --shutdown-timeout has no meaning here")
     if not args.patience > 0:
         raise ValueError(f"--patience must be above 0 seconds, got {args.patience}")
     return args
