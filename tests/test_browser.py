@@ -83,6 +83,15 @@ def test_pages_are_quiet_and_nothing_is_cut_off(tab, home, site):
     assert troubles == []
 
 
+def test_the_landing_page_needs_one_screen_and_three_on_a_phone(tab, home):
+    tab.resize(1280)
+    tab.open(f"{home}index.html")
+    assert tab.js("document.querySelector('#three-doors > ul').getBoundingClientRect().bottom") <= 900
+    tab.resize(390, 844, mobile=True)
+    tab.open(f"{home}index.html")
+    assert tab.js("document.documentElement.scrollHeight") <= 3 * 844
+
+
 def one(name: str) -> str:
     "JavaScript for the explorer with this name."
     return f"document.querySelector('[data-explorer={name}]')"
