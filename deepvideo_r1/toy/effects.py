@@ -57,7 +57,7 @@ REGIMES_RECORDED: dict[str, tuple[str, ...]] = {  # name of a regime -> files of
     "frequent": ("effect", "options"),
     "frequent, strong KL": ("strong_kl",),
     "sparse": ("sparse",),
-    "rare": ("rare",),
+    "rare": ("rare", "rare_options"),
 }
 
 
