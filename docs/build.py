@@ -19,6 +19,7 @@ from nbdev.processors import FilterDefaults, _def_names
 from parts import (
     FILES, NBS, ROOT, SECTIONS, WINGS, notebooks, page_name, page_title, parts, reading_order, sidebar_names, wing_pages,
 )
+from pictures import is_drawing
 from reference import write_reference
 from widgets import STATE, mount_widget, stored_explorer
 
@@ -226,7 +227,7 @@ def _head(path: Path, subtitle: str) -> str:
 
 def _code_cells(cell: dict) -> list[dict]:
     "A code cell as the page shows it: its code and outputs, then its tests, folded."
-    image = dict(alt=cell["alt"])
+    image = dict(alt=cell["alt"]) | (dict(classes="drawing") if any(map(is_drawing, cell["outputs"])) else {})
     widths = [size["width"] for output in cell["outputs"]
               if "width" in (size := output.get("metadata", {}).get("image/png", {}))]
     settings = dict(image=image | (dict(width=f"{widths[0]}px") if widths else {}))

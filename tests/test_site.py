@@ -164,6 +164,12 @@ def test_every_equation_leads_to_its_section_and_function(site):
         assert not re.sub("<[^>]+>", "", row[3]).strip() or re.search(r'href="[^"]+html#[^"]+"', row[3]), row[3]
 
 
+def test_drawings_are_told_from_pictures(site):
+    tag = lambda page: re.findall(r"<img[^>]*>", (site / f"{page}.html").read_text(encoding="utf-8"))
+    assert all("drawing" in image for image in tag("toy/claims"))
+    assert any("drawing" not in image for image in tag("augment"))  # noisy frames keep their colours
+
+
 def test_no_link_is_left_as_it_was_written(site):
     left = {}
     for page in site.rglob("*.html"):
