@@ -104,7 +104,8 @@ def commands_page() -> str:
              "Written from the parsers themselves. `deepvideo-r1 COMMAND --help` prints the same in a terminal. "
              "[14 Command line](/cli.ipynb) shows each command at work, [01 Config](/config.ipynb) the records behind the flags.",
              "`train`, `plan`, `evaluate` and `toy` also take `--config FILE`: values from a TOML, YAML or JSON file. `train`, `plan` "
-             "and `toy` take `--preset NAME`, which may name the model too; flags come after both. `train --dry-run` tries what can fail and trains nothing."]
+             "and `toy` take `--preset NAME`, which may name the model too; flags come after both. `train --dry-run` tries what can "
+             "fail and trains nothing."]
     for name, function in COMMANDS.items():
         text = re.sub(r"(?<!\S)--[a-z-]+", r"`\g<0>`", " ".join((function.__doc__ or "").partition("Args:")[0].split()))
         parts += [f"## {name}", text]
@@ -112,7 +113,8 @@ def commands_page() -> str:
             if title not in ("options", "positional arguments"):
                 parts.append(f"### {name}: {title}\n\n{about[:1].upper()}{about[1:]}.")
             parts.append(table(head, rows))
-    parts.append("## Presets\n\nWhat each changes in the defaults of `train`, and for `toy` in its own, which are those of `" + FIRST_PRESET + "`.")
+    parts.append("## Presets\n\nWhat each changes in the defaults of `train`, and for `toy` in its own, which are those of "
+                 f"`{FIRST_PRESET}`.")
     default, first = RunConfig("MODEL", "DATA"), TOY_PRESETS[FIRST_PRESET]()
     changes = {name: [*_model_of(preset), *_changes(preset("MODEL", "DATA"), default)] for name, preset in PRESETS.items()}
     changes |= {f"toy: {name}": _changes(preset(), first) for name, preset in TOY_PRESETS.items() if name != FIRST_PRESET}

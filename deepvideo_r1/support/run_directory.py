@@ -121,8 +121,8 @@ def other_prompts(
     else:
         return {}
 
-    trained = saved["prompt"] | {"positions": saved.get("policy", {}).get("positions", config.positions)}
-    now = asdict(config.prompt) | {"positions": config.positions}
-    names = {name: "positions" if name == "positions" else f"prompt.{name}".replace("_", "-")
-             for name in trained if name in now and not name.startswith("cache_")}
-    return {f"--{flag}": (trained[name], now[name]) for name, flag in names.items() if trained[name] != now[name]}
+    now = asdict(config.prompt)
+    trained = {name: value for name, value in saved["prompt"].items() if name in now and not name.startswith("cache_")}
+    changes = difference({"prompt": trained, "positions": saved.get("policy", {}).get("positions", config.positions)},
+                         {"prompt": {name: now[name] for name in trained}, "positions": config.positions})
+    return {f"--{name}".replace("_", "-"): values for name, values in changes.items()}
