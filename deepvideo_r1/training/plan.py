@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from ..baselines import SAMPLED_FROM_REFERENCE, needs_reference
 from ..config import RunConfig
+from ..model.decoding import chosen_cache
 from ..model.families import FAMILIES
 from .moments import ModelScale, Workload
 from .scale import find_config
@@ -283,7 +284,8 @@ def _times(counter: _Counter, gpu: Gpu) -> Times:
     batches = -(-n_prompts // work.prompts_sampled) * n_draws(config)
     sampling = scale.sampling(config.policy, work)
     read = (counter.all_weights + sampling["decode"].kept) / gpu.bandwidth
-    is_graph = config.rollout.cache in ("auto", "graph") and not FAMILIES[scale.config.model_type].has_experts
+    has_experts = FAMILIES[scale.config.model_type].has_experts
+    is_graph = chosen_cache(config.rollout.cache, "cuda", has_experts=has_experts) == "graph"
     launching = sampling["decode"].kernels * (SECONDS_PER_RECORDED if is_graph else SECONDS_PER_KERNEL)
     token = max(sampling["decode"].flops / speed, launching, read)
     vision = scale.config.vision_config.depth / 2  # two blocks were counted
