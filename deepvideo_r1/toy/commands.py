@@ -70,4 +70,4 @@ def draw_map(config: Annotated[MapConfig, tyro.conf.arg(name="")] = MapConfig())
     left = found["studies_not_begun"]
     limit = f", the limit: {left} studies were not begun" if left else ""
     print(f"{found['cpu_hours']:.2f} hours of processor time{limit}")
-    print(f"figures: {out / 'map_*.png'}")
+    print(f"figures: {out / '*.png'}")
