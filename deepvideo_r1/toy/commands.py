@@ -55,10 +55,12 @@ def draw_map(config: Annotated[MapConfig, tyro.conf.arg(name="")] = MapConfig())
     After an interrupt, the same command continues.
     """
     from deepvideo_r1.evaluation.intervals import points
+    from deepvideo_r1.toy.grid import write_grids
     from deepvideo_r1.toy.map import run_map
 
     with Bars() as bars:
         out = run_map(config, on_progress=bars)
+    write_grids(out)
     found = json.loads((out / "map.json").read_text())
     table = Table("cell", "difference", "L1, points", Column("pairs", justify="right"), "settled")
     for row in found["rows"]:

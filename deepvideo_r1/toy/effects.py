@@ -56,6 +56,7 @@ def read_runs(
 REGIMES_RECORDED: dict[str, tuple[str, ...]] = {  # name of a regime -> files of its runs, without ".jsonl"
     "frequent": ("effect", "options"),
     "frequent, strong KL": ("strong_kl",),
+    "slips": ("slips",),
     "sparse": ("sparse",),
     "rare": ("rare", "rare_options"),
 }
