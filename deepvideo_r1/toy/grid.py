@@ -49,7 +49,9 @@ def plot_grid(
                 y, x = (names.index(name) for names, name in zip((down, across), places[row["cell"]]))
                 values[y][x] = 100 * row["mean"]
                 write_difference(axis, x, y, row, limit)
-        axis.set_facecolor("0.9")  # where nothing was run
+        axis.set_facecolor("0.9")
+        for y, x in ((y, x) for y in range(len(down)) for x in range(len(across)) if math.isnan(values[y][x])):
+            axis.text(x, y, "not run", ha="center", va="center", fontsize=8)
         picture = axis.imshow(values, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
         axis.set_title(f"{other} - {base}", fontsize=10)
         axis.set_xticks(range(len(across)), labels=[name.partition("=")[2] for name in across])

@@ -165,7 +165,7 @@ def write_difference(
 ) -> None:
     "Writes a difference in points into its square, with the mark of its sign."
     mark = "\u25cf" if row["settled"] else "\u25cb" if row["sign"] else ""
-    axis.text(x, y, f"{100 * row['mean']:+.1f}{mark}", ha="center", va="center", fontsize=9,
+    axis.text(x, y, f"{round(100 * row['mean'], 1) + 0.0:+.1f}{mark}", ha="center", va="center", fontsize=9,
               color="white" if abs(100 * row["mean"]) > 0.7 * limit else "black")
 
 
@@ -200,7 +200,7 @@ def plot_map(
     axis.set_yticks(range(len(pairs)), labels=[f"{other} - {base}" for base, other in pairs])
     starts = {row["cell"]: row["start"] for row in mine}
     names = [f"{cell.replace(' ', chr(10)) or 'the toy'}\n{100 * starts[cell]:.0f} % right" for cell in cells]
-    axis.set_xticks(range(len(cells)), labels=names)
+    axis.set_xticks(range(len(cells)), labels=names, fontsize=9)
     axis.set_title(f"{measure}, points\n\u25cb interval without 0, \u25cf also after Holm", fontsize=10)
     figure.colorbar(picture, ax=axis)
     return figure
