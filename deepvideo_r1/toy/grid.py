@@ -37,7 +37,7 @@ def plot_grid(
     # a coloured square for each cell
     n_columns = min(4, len(pairs))
     n_rows = -(-len(pairs) // n_columns)
-    figure = NotebookFigure(figsize=(1.6 + 2.2 * n_columns, n_rows * (1.1 + 0.5 * len(down))), dpi=110,
+    figure = NotebookFigure(figsize=(1.6 + 2.2 * n_columns, n_rows * (1.3 + 0.5 * len(down))), dpi=110,
                             layout="constrained")
     panels = figure.subplots(n_rows, n_columns, sharey=True, squeeze=False).ravel()
     for axis in panels[len(pairs):]:
@@ -53,7 +53,7 @@ def plot_grid(
         for y, x in ((y, x) for y in range(len(down)) for x in range(len(across)) if math.isnan(values[y][x])):
             axis.text(x, y, "not run", ha="center", va="center", fontsize=8)
         picture = axis.imshow(values, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
-        axis.set_title(f"{other} - {base}", fontsize=10)
+        axis.set_title(f"{other}\n- {base}", fontsize=9)
         axis.set_xticks(range(len(across)), labels=[name.partition("=")[2] for name in across])
         axis.set_xlabel(across[0].partition("=")[0])
     shares = [f"{name.partition('=')[2]}\n{100 * sum(starts[name]) / len(starts[name]):.0f} % right" for name in down]
