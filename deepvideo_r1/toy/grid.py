@@ -6,7 +6,6 @@
 __all__ = ['plot_grid', 'write_grids']
 
 # %% ../../nbs/toy/14a_grid.ipynb #b78a1199
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,15 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ..support.files import read_json_file
-from ..support.theme import NotebookFigure, figure_png
-from .map import MEASURES, write_difference
+from ..support.theme import NotebookFigure
+from .map import MARKS, draw_squares, write_figures
 
 # %% ../../nbs/toy/14a_grid.ipynb #cc9ceb72
+def _has_two_axes(rows: Sequence[dict[str, Any]]) -> bool:
+    "Whether there are rows, all of cells such as n_steps=8 group_size=4."
+    return bool(rows) and all(len(row["cell"].split(" ")) == 2 for row in rows)
+
+
 def plot_grid(
     rows: Sequence[dict[str, Any]],  # from `map_rows`, of cells such as "n_steps=8 group_size=4"
     measure: str = "L1",  # one of `MEASURES`
@@ -26,15 +30,18 @@ def plot_grid(
 ) -> Figure:
     "A panel for each comparison, over the two axes of its cells; raises `ValueError` for cells that have not two."
     mine = [row for row in rows if row["measure"] == measure]
-    places = {row["cell"]: tuple(row["cell"].split(" ")) for row in mine}
-    if not mine or any(len(place) != 2 for place in places.values()):
-        raise ValueError(f"a grid needs cells of two axes, got {', '.join(map(repr, places)) or 'none'}")
-    down, across = (list(dict.fromkeys(place[i] for place in places.values())) for i in (0, 1))
-    starts = {name: [row["start"] for row in mine if places[row["cell"]][0] == name] for name in down}
-    pairs = pairs or list(dict.fromkeys((row["base"], row["other"]) for row in mine))
-    limit = max(1.0, max(100 * abs(row["mean"]) for row in mine if (row["base"], row["other"]) in pairs))
+    if not _has_two_axes(mine):
+        cells = ", ".join(dict.fromkeys(repr(row["cell"]) for row in mine))
+        raise ValueError(f"a grid needs cells of two axes, got {cells or 'none'}")
+    by_place = {(row["cell"], (row["base"], row["other"])): row for row in mine}
+    starts: dict[str, list[float]] = {}
+    for row in mine:
+        starts.setdefault(row["cell"].split(" ")[0], []).append(row["start"])
+    down, across = list(starts), list(dict.fromkeys(row["cell"].split(" ")[1] for row in mine))
+    pairs = pairs or list(dict.fromkeys(pair for _, pair in by_place))
+    limit = max(1.0, max(100 * abs(row["mean"]) for (_, pair), row in by_place.items() if pair in pairs))
 
-    # a coloured square for each cell
+    # a panel for each comparison
     n_columns = min(4, len(pairs))
     n_rows = -(-len(pairs) // n_columns)
     figure = NotebookFigure(figsize=(1.6 + 2.2 * n_columns, n_rows * (1.3 + 0.5 * len(down))), dpi=110,
@@ -42,26 +49,21 @@ def plot_grid(
     panels = figure.subplots(n_rows, n_columns, sharey=True, squeeze=False).ravel()
     for axis in panels[len(pairs):]:
         axis.remove()
-    for axis, (base, other) in zip(panels, pairs):
-        values = [[math.nan] * len(across) for _ in down]
-        for row in mine:
-            if (row["base"], row["other"]) == (base, other):
-                y, x = (names.index(name) for names, name in zip((down, across), places[row["cell"]]))
-                values[y][x] = 100 * row["mean"]
-                write_difference(axis, x, y, row, limit)
-        axis.set_facecolor("0.9")
-        for y, x in ((y, x) for y in range(len(down)) for x in range(len(across)) if math.isnan(values[y][x])):
-            axis.text(x, y, "not run", ha="center", va="center", fontsize=8)
-        picture = axis.imshow(values, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
-        axis.set_title(f"{other}\n- {base}", fontsize=9)
+    for axis, pair in zip(panels, pairs):
+        squares = [[by_place.get((f"{first} {second}", pair)) for second in across] for first in down]
+        picture = draw_squares(axis, squares, limit)
+        axis.set_title(f"{pair[1]}\n- {pair[0]}", fontsize=9)
         axis.set_xticks(range(len(across)), labels=[name.partition("=")[2] for name in across])
         axis.set_xlabel(across[0].partition("=")[0])
-    shares = [f"{name.partition('=')[2]}\n{100 * sum(starts[name]) / len(starts[name]):.0f} % right" for name in down]
+
+    # what the rows and the colours are
+    shares = [f"{name.partition('=')[2]}\n{100 * sum(found) / len(found):.0f} % right"
+              for name, found in starts.items()]
     for axis in panels[:len(pairs):n_columns]:
         axis.set_yticks(range(len(down)), labels=shares)
         axis.set_ylabel(down[0].partition("=")[0])
     figure.colorbar(picture, ax=list(panels[:len(pairs)]), label=f"{measure}, points")
-    figure.suptitle("\u25cb interval without 0, \u25cf also after Holm", fontsize=10)
+    figure.suptitle(MARKS, fontsize=10)
     return figure
 
 
@@ -70,10 +72,4 @@ def write_grids(
 ) -> list[Path]:  # the figures, such as grid_L1.png; none where the map has not two axes
     "Draws the grid of each measure beside the map's own figures."
     rows = read_json_file(Path(run_dir) / "map.json")["rows"]
-    if not rows or any(len(row["cell"].split(" ")) != 2 for row in rows):
-        return []
-    paths = []
-    for measure in MEASURES:
-        paths.append(Path(run_dir) / f"grid_{measure.replace(' ', '_')}.png")
-        paths[-1].write_bytes(figure_png(plot_grid(rows, measure), max_bytes=400_000))
-    return paths
+    return write_figures(Path(run_dir), "grid", plot_grid, rows) if _has_two_axes(rows) else []
